@@ -1,0 +1,196 @@
+"""GPT-2-style Transformer language model (Radford et al. 2019), tokens -> logits.
+
+Pure PyTorch: no files, no training code. Read it beside model_lstm.py: same order, same names; only
+Block differs, attention here and recurrence there.
+
+    model = GPT(GPTConfig())                     # the report's model: 134,367,744 parameters
+    logits, loss = model(idx, targets)           # training
+    logits, state = model.step(idx, state)       # generation, a few tokens at a time
+
+Dimensions: B sequences, T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    """Sizes of the model; the defaults are the report's."""
+    block_size: int = 256           # most tokens the model sees at once (its context)
+    vocab_size: int = 32000         # number of token ids; train.py takes it from the data
+    n_layer: int = 12               # Transformer blocks
+    n_head: int = 12                # attention heads per block; must divide n_embd
+    n_embd: int = 768               # channels
+    dropout: float = 0.0            # share of activations dropped in training; 0 is usual below one epoch
+    fused_attention: bool = True    # scaled_dot_product_attention; False: the same sums by hand
+
+
+def manual_attention(q, k, v, mask):
+    """Softmax(q k^T / sqrt(hs)) v (Vaswani et al. 2017), written out.
+
+    q (B, nh, T, hs); k and v (B, nh, S, hs); mask (T, S), True where a query may look.
+    Returns (B, nh, T, hs).
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))    # (B, nh, T, S)
+    scores = scores.masked_fill(~mask, float("-inf"))           # a token must not see its future
+    return scores.softmax(dim=-1) @ v                           # each row: a weighted mean of the values
+
+
+def fused_attention(q, k, v, mask):
+    """The same as manual_attention, without ever storing the (T, S) scores (Dao et al. 2022)."""
+    T, S = mask.shape
+    if T == S:      # the plain causal triangle, which the kernel knows by name and skips half of
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if T > 1 else None)
+
+
+class CausalSelfAttention(nn.Module):
+    """Each token gathers from itself and the tokens before it, in n_head independent ways."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.attention = fused_attention if config.fused_attention else manual_attention
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)   # q, k and v in one matmul
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, mask, cache=None, pos=0):
+        """x (B, T, C) -> (B, T, C). cache: this block's keys and values of the `pos` tokens before x."""
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)                                  # each (B, nh, T, hs)
+        if cache is not None:
+            for kept, new in zip(cache, (k, v)):
+                kept[:, :, pos:pos + T] = new
+            k, v = (kept[:, :, :pos + T] for kept in cache)                     # (B, nh, pos + T, hs)
+        y = self.attention(q, k, v, mask)
+        y = y.transpose(1, 2).reshape(B, T, C)                                  # heads side by side again
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Each token on its own: widen four times, bend, narrow."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        # GPT-2's tanh approximation of GELU (Hendrycks and Gimpel 2016)
+        x = F.gelu(self.c_fc(x), approximate="tanh")
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on a normalised copy of x and added back to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask, cache=None, pos=0):
+        x = x + self.attn(self.ln_1(x), mask, cache, pos)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Token and position embeddings, n_layer blocks, a linear head over the vocabulary (not tied)."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()
+        self.register_buffer("mask", mask, persistent=False)    # mask[i, j]: may token i look at token j?
+        self._init_weights()
+
+    def _init_weights(self):
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                # GPT-2's 0.02; the 2 * n_layer branches that add to the residual stream are scaled so
+                # that its variance does not grow with depth
+                branch = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if branch else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def _hidden(self, idx, caches, pos):
+        """idx (B, T), the tokens at positions pos .. pos + T - 1 -> (B, T, C) just before the head."""
+        T = idx.size(1)
+        if pos + T > self.config.block_size:
+            raise ValueError(f"{pos + T} tokens do not fit in block_size {self.config.block_size}")
+        x = self.wte(idx) + self.wpe.weight[pos:pos + T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        mask = self.mask[pos:pos + T, :pos + T]
+        for block, cache in zip(self.blocks, caches):
+            x = block(x, mask, cache, pos)
+        return self.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """idx and targets (B, T) int64, T <= block_size (else ValueError) -> (logits, loss).
+
+        With targets: logits (B, T, V) and the mean cross entropy in nats per token.
+        Without: logits (B, 1, V) for the last position, and None.
+        """
+        x = self._hidden(idx, [None] * len(self.blocks), 0)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)
+        # float32: a softmax over 32,000 terms loses too much in half precision
+        return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
+
+    def init_state(self, batch_size):
+        """An empty KV cache, allocated once: keys and values (n_layer, 2, B, nh, block_size, hs), and the
+        number of tokens it holds."""
+        c, w = self.config, self.lm_head.weight
+        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        return torch.zeros(shape, dtype=w.dtype, device=w.device), 0
+
+    @torch.no_grad()
+    def step(self, idx, state):
+        """Consume idx (B, T), T >= 1 new tokens; return logits (B, V) after the last, and the new state.
+
+        The cache is written in place. ValueError when it cannot hold T more tokens (see `window`).
+        """
+        caches, pos = state
+        x = self._hidden(idx, caches, pos)
+        return self.lm_head(x[:, -1]), (caches, pos + idx.size(1))
+
+    @property
+    def window(self):
+        """Most tokens one state can hold: there are only block_size learned positions."""
+        return self.config.block_size
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """Floating point operations to train on one token, forward and backward.
+
+        6 per weight that multiplies (all but the embeddings, which are looked up), and 12 * C * T per
+        layer for the scores and the weighted sum (Chowdhery et al. 2022, PaLM, appendix B).
+        """
+        c = self.config
+        weights = self.num_params() - self.wte.weight.numel() - self.wpe.weight.numel()
+        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def summary(self):
+        """The layers and their parameters, as the text of model_summary.txt."""
+        rows = [(name, sum(p.numel() for p in part.parameters())) for name, part in self.named_children()]
+        rows.append(("total", self.num_params()))
+        return "\n".join([repr(self.config), repr(self), *(f"{n:<8}{k:>13,} parameters" for n, k in rows)])
