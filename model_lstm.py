@@ -1,0 +1,190 @@
+"""Stacked LSTM language model (Hochreiter and Schmidhuber 1997; Gers et al. 2000), tokens -> logits.
+
+Pure PyTorch: no files, no training code. Read it beside model_gpt.py: same order, same names; only
+Block differs, recurrence here and attention there.
+
+    model = LSTM(LSTMConfig())                   # the report's model: 131,054,848 parameters
+    logits, loss = model(idx, targets)           # training
+    logits, state = model.step(idx, state)       # generation, a few tokens at a time
+
+Dimensions: B sequences, T tokens, E = n_embd channels, H = n_hidden units, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class LSTMConfig:
+    """Sizes of the model; the defaults are the report's."""
+    block_size: int = 256           # tokens per training window; the model itself has no limit
+    vocab_size: int = 32000         # number of token ids; train.py takes it from the data
+    n_layer: int = 10               # stacked LSTM layers
+    n_embd: int = 512               # channels of the token embedding
+    n_hidden: int = 1024            # units per layer
+    dropout: float = 0.0            # share of each layer's output dropped in training
+    residual: bool = True           # add the identity between equal-width layers; False: the report's stack
+    cudnn: bool = True              # on CUDA, cuDNN's kernel for the scan below; False: by hand there too
+
+
+class Scan(torch.autograd.Function):
+    """The recurrence of one layer, and its backward through time, by hand.
+
+    i, f, g, o = gates_t = xg_t + h_{t-1} W_hh^T;  i, f, o = sigmoid, g = tanh of theirs
+    c_t = f c_{t-1} + i g;  h_t = o tanh(c_t)
+
+    By hand because autograd would keep T graphs of a dozen nodes and add T separate (4H, H) products into
+    dW_hh; here the T products are one matmul at the end. Inputs: xg (T, B, 4H), the input's part of the
+    gates; w_hh (4H, H); h0 and c0 (B, H). Returns h (T, B, H) and the last c (B, H). The cell is kept in
+    float32 at least: it is a sum over hundreds of steps, which bfloat16's 8 bits would round away.
+    """
+
+    @staticmethod
+    def forward(ctx, xg, w_hh, h0, c0):
+        T, (B, H) = len(xg), h0.shape
+        gates = torch.empty_like(xg)                                    # (T, B, 4H), activated
+        h = xg.new_empty(T + 1, B, H)                                   # h[t] is the state before step t
+        c = c0.new_empty(T + 1, B, H, dtype=torch.promote_types(xg.dtype, torch.float32))
+        h[0], c[0] = h0, c0
+        for t in range(T):
+            torch.addmm(xg[t], h[t], w_hh.t(), out=gates[t])            # all that cannot leave the loop
+            i, f, g, o = gates[t].chunk(4, dim=1)
+            gates[t, :, :2 * H].sigmoid_(), g.tanh_(), o.sigmoid_()     # i and f lie side by side
+            torch.addcmul(f * c[t], i, g, out=c[t + 1])
+            torch.mul(o, c[t + 1].tanh(), out=h[t + 1])
+        ctx.save_for_backward(gates, h, c, w_hh)
+        return h[1:], c[T].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dh_out, dc):
+        gates, h, c, w_hh = ctx.saved_tensors
+        d = torch.empty_like(gates)                                     # gradient before the activations
+        dh = torch.zeros_like(dh_out[0])                                # what step t + 1 sends back to h_t
+        for t in reversed(range(len(gates))):
+            i, f, g, o = gates[t].chunk(4, dim=1)
+            di, df, dg, do = d[t].chunk(4, dim=1)
+            tanh_c = c[t + 1].tanh()
+            dh = dh + dh_out[t]
+            dc = dc + dh * o * (1 - tanh_c * tanh_c)
+            torch.mul(dc * g, i * (1 - i), out=di)                      # sigmoid' = s (1 - s)
+            torch.mul(dc * c[t], f * (1 - f), out=df)
+            torch.mul(dc * i, 1 - g * g, out=dg)                        # tanh' = 1 - tanh^2
+            torch.mul(dh * tanh_c, o * (1 - o), out=do)
+            dc = dc * f
+            dh = d[t] @ w_hh
+        dw_hh = d.flatten(0, 1).t() @ h[:-1].flatten(0, 1)              # one matmul over all T * B rows
+        return d, dw_hh, dh, dc.to(c.dtype)
+
+
+class Block(nn.Module):
+    """One LSTM layer, with nn.LSTM's parameters (names, shapes, gate order, start values) and equations."""
+
+    def __init__(self, config, n_input):
+        super().__init__()
+        H, self.dropout, self.cudnn = config.n_hidden, config.dropout, config.cudnn
+        self.residual = config.residual and n_input == H
+        self.weight_ih = nn.Parameter(torch.empty(4 * H, n_input))
+        self.weight_hh = nn.Parameter(torch.empty(4 * H, H))
+        self.bias_ih = nn.Parameter(torch.empty(4 * H))
+        self.bias_hh = nn.Parameter(torch.empty(4 * H))                 # redundant, but the report counts it
+
+    def forward(self, x, h, c):
+        """x (T, B, n_input), state h and c (B, H) -> y (T, B, H) and the new h and c."""
+        if self.cudnn and x.is_cuda and len(x) > 1:
+            weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
+            y, h, c = torch.lstm(x, (h[None], c[None].to(h.dtype)), weights, True, 1, 0.0, self.training,
+                                 False, False)
+            h, c = h[0], c[0]
+        else:
+            xg = F.linear(x, self.weight_ih, self.bias_ih + self.bias_hh)   # all T steps in one matmul
+            y, c = Scan.apply(xg, self.weight_hh.to(xg.dtype), h.to(xg.dtype), c)
+            h = y[-1]
+        y = F.dropout(y, self.dropout, self.training)
+        # The identity lets the gradient reach every layer: without it, it must pass through the gates of
+        # all layers above, and ten layers learn little more than word frequencies (He et al. 2015).
+        return x + y if self.residual else y, h, c
+
+    def extra_repr(self):
+        return ", ".join(f"{n} {tuple(p.shape)}" for n, p in self.named_parameters()) + \
+               f", residual={self.residual}"
+
+
+class LSTM(nn.Module):
+    """Token embedding, n_layer LSTM layers, a linear head over the vocabulary (not tied)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        widths = [config.n_embd] + [config.n_hidden] * (config.n_layer - 1)
+        self.blocks = nn.ModuleList(Block(config, n_input) for n_input in widths)
+        self.lm_head = nn.Linear(config.n_hidden, config.vocab_size)
+        self._init_weights()
+
+    def _init_weights(self):
+        bound = 1 / math.sqrt(self.config.n_hidden)                     # nn.LSTM's
+        for p in self.blocks.parameters():
+            nn.init.uniform_(p, -bound, bound)
+
+    def _hidden(self, idx, state):
+        """idx (B, T), state before it -> (T, B, H) just before the head, and the state after it."""
+        # time first: the slice of one step is then one contiguous piece of memory
+        x = F.dropout(self.wte(idx.t()), self.config.dropout, self.training)
+        hs, cs = [], []
+        for block, h, c in zip(self.blocks, *state):
+            x, h, c = block(x, h, c)
+            hs.append(h), cs.append(c)
+        return x, hs, cs
+
+    def forward(self, idx, targets=None):
+        """idx and targets (B, T) int64 -> (logits, loss).
+
+        With targets: logits (B, T, V) and the mean cross entropy in nats per token.
+        Without: logits (B, 1, V) for the last position, and None.
+        """
+        x, _, _ = self._hidden(idx, self.init_state(len(idx)))
+        x = x.transpose(0, 1)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        logits = self.lm_head(x)
+        # float32: a softmax over 32,000 terms loses too much in half precision
+        return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
+
+    def init_state(self, batch_size):
+        """Zero (h, c), each (n_layer, B, H): all that the model remembers of its past."""
+        c, w = self.config, self.lm_head.weight
+        h = torch.zeros(c.n_layer, batch_size, c.n_hidden, dtype=w.dtype, device=w.device)
+        return h, h.to(torch.promote_types(w.dtype, torch.float32))     # the cell: see Scan
+
+    @torch.no_grad()
+    def step(self, idx, state):
+        """Consume idx (B, T), T >= 1 new tokens; return logits (B, V) after the last, and the new state."""
+        x, h, c = self._hidden(idx, state)
+        return self.lm_head(x[-1]), (torch.stack(h), torch.stack(c))
+
+    @property
+    def window(self):
+        """Most tokens one state can hold: no limit."""
+        return math.inf
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """Floating point operations to train on one token, forward and backward.
+
+        6 per weight that multiplies (all but the embedding, which is looked up, and the biases): 2 in the
+        forward pass, 4 in the backward (Kaplan et al. 2020, section 2.1). No term grows with the context.
+        """
+        weights = [p for p in self.parameters() if p.dim() == 2 and p is not self.wte.weight]
+        return 6 * sum(p.numel() for p in weights)
+
+    def summary(self):
+        """The layers and their parameters, as the text of model_summary.txt."""
+        rows = [(name, sum(p.numel() for p in part.parameters())) for name, part in self.named_children()]
+        rows.append(("total", self.num_params()))
+        return "\n".join([repr(self.config), repr(self), *(f"{n:<8}{k:>13,} parameters" for n, k in rows)])
