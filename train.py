@@ -1,0 +1,479 @@
+"""Train a language model: data/NAME/ -> outputs/transformer/ or outputs/rnn/.
+
+    python train.py                         # the Transformer, on data/plwiki; on mini where nothing is prepared
+    python train.py --model=lstm            # the stacked LSTM
+    python train.py --recipe=report         # trained as the report did, for comparison
+    python train.py --init_from=resume      # go on after a kill, a crash or Ctrl-C
+    torchrun --nproc_per_node=8 train.py    # the same run, its batches divided among 8 GPUs
+    python train.py [--model=lstm] --help   # every key
+
+Owns the checkpoint: writes ckpt.pt (best) and last.pt (newest), and reads them back.
+"""
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from data import UserError
+from model_gpt import GPT, GPTConfig
+from model_lstm import LSTM, LSTMConfig
+
+FORMAT_VERSION = 1      # of the checkpoints; raised when an older one can no longer be read
+MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
+
+
+@dataclass
+class TrainConfig:
+    model: Literal["gpt", "lstm"] = "gpt"           # which of the two
+    dataset: str = ""                   # folder under data/; empty: plwiki where prepared, else mini
+    out_dir: str = ""                   # where the results go; empty: outputs/transformer or outputs/rnn
+    init_from: Literal["scratch", "resume"] = "scratch"     # resume: go on from out_dir/last.pt
+    recipe: Literal["tuned", "report"] = "tuned"    # report: Adam as the report used it, see RECIPES
+    # a step
+    batch_size: int = 32                # sequences per forward pass, all processes together
+    gradient_accumulation_steps: int = 1    # forward passes per step; a step sees the product of the two
+    # budget: training ends at whichever comes first
+    max_iters: int = 0                  # steps; 0: no limit
+    max_minutes: float = 120.0          # minutes, evaluations included, the final test not
+    # optimizer
+    optimizer: Literal["adamw", "adam"] = "adamw"   # adam: its weight decay is mixed into the gradient
+    learning_rate: float = 5e-4         # the highest
+    weight_decay: float = 0.1           # pull of the weights towards zero; adamw: matrices only
+    beta1: float = 0.9                  # memory of Adam's mean of gradients
+    beta2: float = 0.95                 # memory of Adam's mean of squares; 0.999 is PyTorch's
+    schedule: Literal["cosine", "constant"] = "cosine"      # cosine: to the end of max_iters, else of max_minutes
+    warmup: int = 100                   # steps from zero to learning_rate
+    min_lr: float = 5e-5                # where the cosine ends; a tenth of learning_rate is usual
+    grad_clip: float = 1.0              # longest gradient, in global norm; 0: no clipping
+    # evaluation and logging
+    eval_interval: int = 100            # steps between evaluations on train and val
+    eval_iters: int = 10                # batches of each in an evaluation, always the same ones
+    log_interval: int = 10              # steps between updates of the shown loss
+    wandb_log: bool = False             # log to Weights & Biases; WANDB_MODE=offline needs no account
+    wandb_project: str = "polish-lm"    # project name there
+    wandb_run_name: str = ""            # run name there; empty: chosen by it
+    # machine
+    seed: int = 1337                    # of the start weights, the order of the data and dropout
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the matrix products
+    compile: Literal["auto", "True", "False"] = "auto"      # torch.compile; auto: the GPT on CUDA
+
+    def __post_init__(self):
+        for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1")
+        for key in ("beta1", "beta2"):
+            if getattr(self, key) >= 1:
+                raise ValueError(f"{key} must be below 1")
+        if not (self.max_minutes or self.max_iters):
+            raise ValueError("max_minutes 0 needs max_iters")
+
+
+# The two recipes. The dataclass defaults are the tuned one; here is all in which the report's differs. Each line
+# is a key of its own, so `--recipe=report --optimizer=adamw` measures one change.
+RECIPES = {"tuned": {}, "report": {
+    "optimizer": "adam",            # decay 0.1 inside the gradient, which Adam then divides by its size
+    "beta2": 0.999,
+    "schedule": "constant", "warmup": 0,
+    "grad_clip": 0.0,
+    "dtype": "float32", "compile": "False",
+    "fused_attention": False,       # GPT only
+    "residual": False,              # LSTM only
+}}
+
+# Sizes for the embedded dataset: about three minutes on two CPU cores.
+MINI = {"block_size": 128, "max_iters": 500, "learning_rate": 2e-3, "min_lr": 2e-4, "warmup": 50,
+        "n_layer": 4, "n_head": 4, "n_embd": 128, "n_hidden": 192}
+
+# Keys that a resumed run may change; any other would make it another run.
+MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup", "eval_interval",
+              "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "device"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Choosing the machine, for train.py, sample.py and bench.py
+
+def choose_device(name="auto"):
+    """"auto", "cuda", "mps" or "cpu" -> torch.device. Raises UserError when it is not there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in present if present[kind])
+    if not present[name]:
+        raise UserError(f"--device={name}: there is none here; use --device=cpu")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+
+
+def choose_dtype(name, device):
+    """-> the torch.dtype of the matrix products, and why.
+
+    cuda: bfloat16 from Ampere on, else float16. cpu: bfloat16 where the processor multiplies it (AVX512-BF16, AMX);
+    elsewhere it would be emulated, slower than float32. mps: float32.
+    """
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "this GPU has bfloat16"
+        return torch.float16, "this GPU has no bfloat16"
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16, "this CPU has bfloat16 arithmetic"
+    return torch.float32, f"no fast bfloat16 arithmetic on this {device.type}"
+
+
+def keep_freed_memory():
+    """On Linux, let malloc keep what it frees: by default each large tensor is handed back to the kernel, which
+    zeroes its pages again for the next one, a fifth to a third of a training step on a CPU. Elsewhere: nothing."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-4, 0), mallopt(-1, -1)     # M_MMAP_MAX: no tensor in a mapping of its own; M_TRIM_THRESHOLD: never trim
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files: written beside and renamed, so that whoever reads, or pulls the plug, finds the old one or the new one
+
+def write_whole(path, write):
+    """Call write(temporary path), then put the file in the place of path."""
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        write(scratch)
+        with open(scratch, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}. What was there before is whole") from None
+
+
+def load_checkpoint(path):
+    """The dict that train.py saved at path, on the CPU. Raises UserError when it is missing or not one of ours."""
+    if not path.is_file():
+        model = "".join(f" --model={m}" for m in MODELS if m != "gpt" and MODELS[m][2] == str(path.parent))
+        raise UserError(f"no checkpoint at {path}: run `python train.py{model}` first (on mini: three minutes)")
+    try:
+        # weights_only: a checkpoint from a stranger must not run code
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        version = checkpoint["format_version"]
+    except Exception as error:      # a damaged file can raise anything
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        raise UserError(f"{path} is damaged or not a checkpoint of this project ({reason})") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format {version}, this code reads {FORMAT_VERSION}: train again")
+    return checkpoint
+
+
+def build_model(checkpoint):
+    """The model of a checkpoint, with its weights, in eval mode."""
+    model_class, config_class, _ = MODELS[checkpoint["config"]["model"]]
+    model = model_class(config_class(**checkpoint["model_config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def plot_curves(metrics, path, title):
+    """Loss and perplexity on train and val against tokens seen, the best checkpoint marked -> a PNG file."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    best = min(metrics, key=lambda m: m["val_loss"])
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for panel, kind in zip(panels, ("loss", "perplexity")):
+        for split, style in (("train", "--"), ("val", "-")):
+            panel.plot([m["tokens_seen"] / 1e6 for m in metrics], [m[f"{split}_{kind}"] for m in metrics], style,
+                       label=split, linewidth=2)
+        panel.plot(best["tokens_seen"] / 1e6, best[f"val_{kind}"], "o", color="black",
+                   label=f"best val {best[f'val_{kind}']:.4g}")
+        panel.set_xlabel("million tokens seen", fontsize=14)
+        panel.set_ylabel("loss, nats per token" if kind == "loss" else "perplexity", fontsize=14)
+        panel.tick_params(labelsize=12)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=13)
+    panels[1].set_yscale("log")
+    figure.suptitle(title, fontsize=15)
+    write_whole(path, lambda p: figure.savefig(p, dpi=100, format="png"))
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Optimization
+
+def make_optimizer(model, config):
+    if config.optimizer == "adam":
+        # As the report: every parameter decays, and the decay passes through Adam's division by the gradient's
+        # size. Where gradients are small it is then the decay that is divided up to full step length.
+        return torch.optim.Adam(model.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2),
+                                weight_decay=config.weight_decay)
+    # Decay apart from the gradient (Loshchilov and Hutter 2019), and on matrices only: shrinking a bias or a
+    # layer norm's gain towards zero regularises nothing.
+    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def learning_rate_at(config, step, minutes):
+    """Linear warmup, then a cosine from learning_rate to min_lr (Loshchilov and Hutter 2017).
+
+    The cosine follows max_iters where it is given: then a step depends on its number alone and can be replayed.
+    Otherwise it follows the clock.
+    """
+    if config.schedule == "constant":
+        return config.learning_rate
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    done = min(1.0, step / config.max_iters if config.max_iters else minutes / config.max_minutes)
+    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+@torch.no_grad()
+def evaluate(model, tokens, windows, batch_size, autocast, device, world, progress=False):
+    """Mean loss, in nats per token, over the given windows of a split; each process takes its share."""
+    model.eval()
+    rank, world_size = world
+    block_size = model.config.block_size
+    total = torch.zeros(2, dtype=torch.float64)         # summed loss, windows
+    mine = windows[rank::world_size]
+    for i in tqdm(range(0, len(mine), batch_size), desc="test", leave=False, disable=not progress):
+        idx, targets = data.get_batch(tokens, mine[i:i + batch_size], block_size, device)
+        with autocast:
+            loss = model(idx, targets)[1]
+        total += torch.tensor([loss.item() * len(idx), len(idx)])
+    if world_size > 1:
+        total = total.to(device) if device.type == "cuda" else total
+        dist.all_reduce(total)
+    model.train()
+    return (total[0] / total[1]).item()
+
+
+def start_wandb(config, run_id):
+    """A Weights & Biases run, or None. Whatever goes wrong there must not stop the training."""
+    if not config.wandb_log:
+        return None
+    try:
+        import wandb
+        return wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=asdict(config),
+                          dir=config.out_dir, id=run_id, resume="allow" if run_id else None)
+    except Exception as error:
+        print(f"wandb is off for this run: {str(error).strip() or type(error).__name__}")
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------
+
+def main(argv):
+    # What to run: defaults, then mini's sizes, then the recipe, then the command line; or the interrupted run.
+    name = data.parse_args([a for a in argv if a.startswith("--model=")], __doc__, TrainConfig).get("model", "gpt")
+    model_class, config_class, default_dir = MODELS[name]
+    keys = data.parse_args(argv, __doc__, TrainConfig, config_class)
+    out_dir = Path(keys.get("out_dir") or default_dir)
+    rank, world_size = world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    main_process = rank == 0
+    saved = None
+    if keys.get("init_from") == "resume":
+        saved = load_checkpoint(out_dir / "last.pt")
+        before = {**saved["model_config"], **saved["config"]}
+        for key in keys.keys() - MAY_CHANGE:
+            if keys[key] != before[key]:
+                raise UserError(f"the run in {out_dir} has --{key}={before[key]}, not {keys[key]}: leave the key out, "
+                                "or start another run with another --out_dir")
+        layers = [before]
+    else:
+        dataset = keys.get("dataset") or ("plwiki" if Path("data/plwiki/meta.json").exists() else "mini")
+        recipe = RECIPES[keys.get("recipe", "tuned")]
+        layers = [{"dataset": dataset}, MINI if dataset == "mini" else {}, recipe, {k: v for k, v in keys.items() if v != ""}]
+    config = data.configure(TrainConfig, *layers, keys if saved else {}, {"out_dir": str(out_dir)})
+
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    dtype, reason = choose_dtype(config.dtype, device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if config.batch_size % world_size:
+            raise UserError(f"batch_size {config.batch_size} cannot be divided among {world_size} processes")
+
+    # Data
+    if config.dataset == "mini" and not Path("data/mini/meta.json").exists():
+        if main_process:
+            print("nothing is prepared under data/: making the embedded dataset, mini")
+            data.main(["--dataset=mini"])
+        if world_size > 1:
+            dist.barrier()
+    meta, splits = data.load_dataset(config.dataset)
+    model_config = data.configure(config_class, {"vocab_size": meta["vocab_size"]}, *layers)
+    if model_config.vocab_size < meta["vocab_size"]:
+        raise UserError(f"vocab_size {model_config.vocab_size} is below the dataset's {meta['vocab_size']}")
+    if saved and saved["data_sha256"] != meta["splits"]["train"]["sha256"]:
+        raise UserError(f"data/{config.dataset} has been prepared anew since this run began: it cannot go on")
+    T = model_config.block_size
+    n_windows = {split: data.n_windows(tokens, T) for split, tokens in splits.items()}
+    if min(n_windows.values()) < 1:
+        raise UserError(f"data/{config.dataset} is too small: a split holds no window of block_size + 1 = {T + 1} tokens")
+    # the evaluation windows: always the same, spread over the whole split
+    eval_windows = {split: np.unique(np.linspace(0, n_windows[split] - 1, config.eval_iters * config.batch_size,
+                                                 dtype=int)) for split in ("train", "val")}
+    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * T
+
+    # Model and optimizer
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+    model = model_class(model_config).to(device)
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would be 0
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    step, tokens_seen, minutes_before, metrics, run_id = 0, 0, 0.0, [], None
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        step, tokens_seen, minutes_before, metrics = (saved[k] for k in ("step", "tokens_seen", "minutes", "metrics"))
+        run_id = saved["wandb_id"]
+        del saved
+    stepped = model             # the same parameters, compiled and synchronised between processes where asked
+    if config.compile == "True" or (config.compile == "auto" and device.type == "cuda" and config.model == "gpt"):
+        stepped = torch.compile(stepped)
+    if world_size > 1:
+        stepped = DistributedDataParallel(stepped)
+
+    wandb_run = None
+    if main_process:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(out_dir / "model_summary.txt", lambda p: p.write_text(model.summary() + "\n", encoding="utf-8"))
+        print(f"{config.model}: {model.num_params():,} parameters; data/{config.dataset}: "
+              f"{meta['splits']['train']['tokens']:,} training tokens; {tokens_per_step:,} tokens a step")
+        print(f"{device_name(device)}; {dtype} ({reason}); results in {out_dir}/")
+        if step:
+            print(f"resumed at step {step}, after {minutes_before:.1f} minutes")
+        wandb_run = start_wandb(config, run_id)
+
+    # The first Ctrl-C or SIGTERM finishes the step, saves and scores; a second Ctrl-C ends at once.
+    stop = []
+
+    def request_stop(signum, frame):
+        stop.append(signum)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    handlers = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    # The loop
+    model.train()
+    start = time.time()
+    best_val = min((m["val_loss"] for m in metrics), default=math.inf)
+    mark_time, mark_tokens = start, tokens_seen         # of the last evaluation's end, for tokens/s
+    bar = tqdm(total=1.0, desc=config.model, disable=not main_process, mininterval=1 if sys.stderr.isatty() else 15,
+               bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
+    while True:
+        # every process must decide alike, so they share the clock and the wish to stop
+        clock = torch.tensor([minutes_before + (time.time() - start) / 60, len(stop)], dtype=torch.float64)
+        if world_size > 1:
+            clock = clock.to(device)
+            dist.all_reduce(clock, dist.ReduceOp.MAX)
+        minutes, stopping = clock.tolist()
+        done = max(step / config.max_iters if config.max_iters else 0,
+                   minutes / config.max_minutes if config.max_minutes else 0)
+        finished = stopping or done >= 1
+
+        if (step % config.eval_interval == 0 or finished) and not (metrics and metrics[-1]["step"] == step):
+            speed = (tokens_seen - mark_tokens) / (time.time() - mark_time)
+            losses = {s: evaluate(model, splits[s], eval_windows[s], max(1, config.batch_size // world_size), autocast,
+                                  device, world) for s in ("train", "val")}
+            metrics.append({"step": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 4),
+                            "train_loss": losses["train"], "train_perplexity": math.exp(losses["train"]),
+                            "val_loss": losses["val"], "val_perplexity": math.exp(losses["val"]),
+                            "learning_rate": learning_rate_at(config, step, minutes),
+                            "tokens_per_second": round(speed, 1)})
+            if main_process:
+                bar.write(f"step {step}: train {losses['train']:.4f}, val {losses['val']:.4f}, "
+                          f"perplexity {math.exp(losses['val']):.2f}, {speed:,.0f} tokens/s")
+                common = {"format_version": FORMAT_VERSION, "config": asdict(config), "model_config": asdict(model_config),
+                          "data_sha256": meta["splits"]["train"]["sha256"], "model": model.state_dict(), "step": step}
+                if losses["val"] < best_val:
+                    write_whole(out_dir / "ckpt.pt", lambda p: torch.save(common, p))
+                newest = {**common, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                          "tokens_seen": tokens_seen, "minutes": minutes_before + (time.time() - start) / 60,
+                          "metrics": metrics, "wandb_id": wandb_run.id if wandb_run else run_id}
+                write_whole(out_dir / "last.pt", lambda p: torch.save(newest, p))
+                write_whole(out_dir / "metrics.jsonl", lambda p: p.write_text(
+                    "".join(json.dumps(m) + "\n" for m in metrics), encoding="utf-8"))
+                if wandb_run:
+                    wandb_run.log(metrics[-1], step=step)
+            best_val = min(best_val, losses["val"])
+            mark_time, mark_tokens = time.time(), tokens_seen
+        if finished:
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(config, step, minutes)
+        torch.manual_seed(hash((config.seed, step, rank)))      # dropout, too, depends on the step alone
+        for micro in range(config.gradient_accumulation_steps):
+            windows = data.train_windows(n_windows["train"], step * config.gradient_accumulation_steps + micro,
+                                         config.batch_size, config.seed, rank, world_size)
+            idx, targets = data.get_batch(splits["train"], windows, T, device)
+            last_micro = micro == config.gradient_accumulation_steps - 1
+            with autocast, nullcontext() if world_size == 1 or last_micro else stepped.no_sync():
+                loss = stepped(idx, targets)[1]
+                scaler.scale(loss / config.gradient_accumulation_steps).backward()
+        if config.grad_clip:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        tokens_seen += tokens_per_step
+        if main_process and step % config.log_interval == 0:
+            speed = (tokens_seen - mark_tokens) / (time.time() - mark_time)
+            bar.set_postfix_str(f"step {step}, loss {loss.item():.3f}, {speed:,.0f} tokens/s, "
+                                f"{speed * model.flops_per_token() / 1e12:.2f} TFLOP/s", refresh=False)
+        bar.update(max(0.0, min(done, 1.0) - bar.n))
+    bar.close()
+
+    # The end: the best checkpoint is scored on the whole test split
+    if main_process:
+        model.load_state_dict(load_checkpoint(out_dir / "ckpt.pt")["model"])
+        print("the best checkpoint, on the whole test split:")
+    if world_size > 1:
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+    test_loss = evaluate(model, splits["test"], np.arange(n_windows["test"]), max(1, config.batch_size // world_size), autocast,
+                         device, world, progress=main_process)
+    best = min(metrics, key=lambda m: m["val_loss"])
+    results = {"test_loss": test_loss, "test_perplexity": math.exp(test_loss),
+               **{k: best[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
+               "best_step": best["step"], "steps": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 2),
+               "tokens_per_second": round(tokens_seen / max(minutes * 60, 1e-9), 1), "n_params": model.num_params(),
+               "device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
+               "config": {**asdict(config), **asdict(model_config)}}
+    if main_process:
+        write_whole(out_dir / "results.json", lambda p: p.write_text(json.dumps(results, indent=1), encoding="utf-8"))
+        plot_curves(metrics, out_dir / "learning_curves.png", f"{config.model}, {config.recipe} recipe, data/{config.dataset}")
+        print(f"test loss {test_loss:.4f}, perplexity {math.exp(test_loss):.2f}; "
+              f"now try: python sample.py --model={config.model}")
+        if wandb_run:
+            wandb_run.finish()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    data.run(main)
