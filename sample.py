@@ -1,0 +1,204 @@
+"""Generate text from a trained model: checkpoint + prompt -> text, streamed as it is made.
+
+    python sample.py --temperature=1.0                          # the newest checkpoint
+    python sample.py --model=lstm --prompt="Dawno temu" --num_samples=3
+    python sample.py --grid=True            # all prompts x temperatures 0.5, 1.0, 1.5 -> a JSON file in out_dir
+    python sample.py --help
+
+Owns the generation loop, which bench.py times as it is.
+"""
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import data
+from data import UserError
+from train import MODELS, build_model, choose_device, choose_dtype, device_name, keep_freed_memory, load_checkpoint, \
+    write_whole
+
+GRID_TEMPERATURES = (0.5, 1.0, 1.5)
+GRID_PROMPTS = ("Polska to piękny kraj.", "Dawno temu", "Miasto leży nad rzeką", "W 1920 roku", "Najważniejszym dziełem")
+
+
+@dataclass
+class SampleConfig:
+    model: Literal["auto", "gpt", "lstm"] = "auto"  # auto: the one with the newest checkpoint
+    out_dir: str = ""               # folder of ckpt.pt; empty: outputs/transformer or outputs/rnn
+    prompt: str = "Polska to piękny kraj."  # text to continue
+    temperature: float = 1.0        # logits are divided by it: below 1 safer, above 1 wilder; 0: always the likeliest
+    top_k: int = 0                  # draw among the k likeliest tokens only; 0: all
+    top_p: float = 1.0              # draw among the likeliest tokens that together have this probability; 1: all
+    max_new_tokens: int = 200       # tokens to generate, fewer where the text ends with </s>
+    num_samples: int = 1            # continuations, generated as one batch
+    seed: int = 1337                # the same seed gives the same text
+    grid: bool = False              # all prompts at all temperatures, written to a JSON file
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of weights and arithmetic
+
+    def __post_init__(self):
+        for key in ("max_new_tokens", "num_samples"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError("top_p must be above 0 and at most 1")
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty: give a word to begin with, --prompt='Dawno temu'")
+
+
+def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """Draw the next token: logits (B, V) -> ids (B,). Never waits for the device."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k:
+        weakest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < weakest, float("-inf"))
+    if top_p < 1:       # nucleus sampling (Holtzman et al. 2020): drop tokens that come after a mass of top_p
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(dim=-1)
+        ordered = ordered.masked_fill(p.cumsum(dim=-1) - p >= top_p, float("-inf"))
+        logits = torch.empty_like(logits).scatter_(-1, order, ordered)
+    # With independent e_i ~ Exp(1), argmax p_i / e_i is i with probability p_i: a race of exponential clocks.
+    # Unlike torch.multinomial it does not stop to look at p on the host.
+    p = logits.softmax(dim=-1)
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1)
+
+
+@torch.inference_mode()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, cached=True):
+    """Continue idx (B, T): yield the next ids (B,), max_new_tokens times. A model in eval mode is assumed.
+
+    cached=True feeds only the newest token to model.step, which keeps what it needs of the past; cached=False
+    computes the whole window anew for every token, as the report and nanoGPT do. The tokens are the same.
+    """
+    B, T = idx.shape
+    tokens = torch.empty(B, T + max_new_tokens, dtype=torch.int64, device=idx.device)
+    tokens[:, :T] = idx
+    first, state = 0, None                      # the model has seen tokens[:, first:]
+    for t in range(T, T + max_new_tokens):
+        if t - first > model.window:
+            # The GPT's positions are used up. Sliding the window by one would change the position of every
+            # token in it, so the whole cache would have to be computed again for each new token. Keeping the
+            # newest half costs one such pass every block_size / 2 tokens. The LSTM never comes here.
+            first, state = t - model.window // 2, None
+        if not cached:
+            logits = model(tokens[:, first:t])[0][:, -1]
+        elif state is None:
+            logits, state = model.step(tokens[:, first:t], model.init_state(B))
+        else:
+            logits, state = model.step(tokens[:, t - 1:t], state)
+        tokens[:, t] = pick(logits, temperature, top_k, top_p, generator)
+        yield tokens[:, t]
+
+
+class TextStream:
+    """Token ids, one at a time -> the pieces of text they add. A character may span several tokens (byte fallback):
+    it is held back until it is whole."""
+
+    def __init__(self, tok, ids):
+        self.tok, self.ids = tok, list(ids)
+        self.shown = self._decode()
+
+    def _decode(self):
+        return self.tok.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def push(self, token, last=False):
+        self.ids.append(token)
+        text = self._decode()
+        if text.endswith("\ufffd") and not last:
+            return ""
+        piece, self.shown = text[len(self.shown):], text
+        if len(self.ids) > 64:      # a few tokens of context are enough, and keep this cheap in a long text
+            self.ids = self.ids[-8:]
+            self.shown = self._decode()
+        return piece
+
+
+def continue_prompt(model, tok, prompt, config, device, on_token=None):
+    """Generate config.num_samples continuations of prompt as one batch.
+
+    Returns a list of token id lists, each <s>, prompt, continuation up to </s>, and tokens per second over all of
+    them, the prompt's pass included. on_token(id) is called for each token of a single sample as it comes.
+    """
+    ids = [tok.bos_token_id, *data.encode(tok, [prompt.encode("utf-8", "replace").decode()])[0]]
+    context = model.config.block_size
+    if len(ids) > context:
+        print(f"the prompt is {len(ids)} tokens long: the newest {context}, all that the model sees, are kept",
+              file=sys.stderr)
+        ids = ids[-context:]
+    idx = torch.tensor([ids] * config.num_samples, device=device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    start, rows = time.perf_counter(), []
+    for next_ids in generate(model, idx, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator):
+        rows.append(next_ids)
+        if config.num_samples == 1:
+            token = next_ids.item()
+            if token == tok.eos_token_id:
+                break
+            if on_token:
+                on_token(token)
+    new = torch.stack(rows, dim=1).tolist()             # also waits for the device
+    speed = config.num_samples * len(rows) / (time.perf_counter() - start)
+    ends = [row.index(tok.eos_token_id) if tok.eos_token_id in row else len(row) for row in new]
+    return [ids + row[:end] for row, end in zip(new, ends)], speed
+
+
+def newest_checkpoint(config):
+    """Fill in model and out_dir where they were left open. Raises UserError when there is no checkpoint at all."""
+    candidates = [(Path(config.out_dir or MODELS[m][2]) / "ckpt.pt", m) for m in MODELS if config.model in ("auto", m)]
+    path, model = max(candidates, key=lambda c: c[0].stat().st_mtime if c[0].is_file() else 0)
+    return load_checkpoint(path), path.parent
+
+
+def main(argv):
+    config = data.configure(SampleConfig, data.parse_args(argv, __doc__, SampleConfig))
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    checkpoint, out_dir = newest_checkpoint(config)
+    name, dataset = checkpoint["config"]["model"], checkpoint["config"]["dataset"]
+    if config.model not in ("auto", name):
+        raise UserError(f"{out_dir}/ckpt.pt holds a {name}, not a {config.model}: leave --model out")
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    dtype, _ = choose_dtype(config.dtype, device)
+    tok = data.load_tokenizer(str(data.dataset_folder(dataset) / "tokenizer"))
+    model = build_model(checkpoint).to(device, dtype)
+
+    if not config.grid:
+        if config.num_samples == 1:
+            print(config.prompt, end="", flush=True)
+            stream = TextStream(tok, [tok.bos_token_id, *data.encode(tok, [config.prompt])[0]])
+            rows, speed = continue_prompt(model, tok, config.prompt, config, device,
+                                          lambda token: print(stream.push(token), end="", flush=True))
+            print()
+        else:
+            rows, speed = continue_prompt(model, tok, config.prompt, config, device)
+            for i, row in enumerate(rows, 1):
+                print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
+        print(f"[{name}, {dataset}, {speed:.1f} tokens/s, {device_name(device)}, {str(dtype).removeprefix('torch.')}]")
+        return
+
+    results = []
+    for prompt in GRID_PROMPTS:
+        for temperature in GRID_TEMPERATURES:
+            config.temperature = temperature
+            rows, speed = continue_prompt(model, tok, prompt, config, device)
+            for row in rows:
+                results.append({"prompt": prompt, "temperature": temperature, "text": tok.decode(row),
+                                "new_tokens_per_second": round(speed, 1)})
+            print(f"--- temperature {temperature}\n{tok.decode(rows[0])}")
+    path = out_dir / f"{Path(MODELS[name][2]).name}_inference_results.json"
+    report = {"model": name, "dataset": dataset, "device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
+              "settings": {k: v for k, v in asdict(config).items() if k in ("top_k", "top_p", "max_new_tokens", "seed")},
+              "results": results}
+    write_whole(path, lambda p: p.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8"))
+    print(f"[{len(results)} texts in {path}]")
+
+
+if __name__ == "__main__":
+    data.run(main)
