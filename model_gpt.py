@@ -28,6 +28,15 @@ class GPTConfig:
     dropout: float = 0.0            # share of activations dropped in training; 0 is usual below one epoch
     fused_attention: bool = True    # scaled_dot_product_attention; False: the same sums by hand
 
+    def __post_init__(self):
+        for key, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{key} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError("dropout must be 0 or more and below 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
 
 def manual_attention(q, k, v, mask):
     """Softmax(q k^T / sqrt(hs)) v (Vaswani et al. 2017), written out.
@@ -107,8 +116,6 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -182,12 +189,13 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Floating point operations to train on one token, forward and backward.
 
-        6 per weight that multiplies (all but the embeddings, which are looked up), and 12 * C * T per
-        layer for the scores and the weighted sum (Chowdhery et al. 2022, PaLM, appendix B).
+        6 per weight that multiplies (all but the embeddings, which are looked up, and the vectors): 2 in the
+        forward pass, 4 in the backward; and 12 * C * T per layer for the scores and the weighted sum, the
+        masked half included (Chowdhery et al. 2022, PaLM, appendix B).
         """
         c = self.config
-        weights = self.num_params() - self.wte.weight.numel() - self.wpe.weight.numel()
-        return 6 * weights + 12 * c.n_layer * c.n_embd * c.block_size
+        weights = [p for p in self.parameters() if p.dim() == 2 and p is not self.wte.weight and p is not self.wpe.weight]
+        return 6 * sum(p.numel() for p in weights) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def summary(self):
         """The layers and their parameters, as the text of model_summary.txt."""

@@ -29,6 +29,13 @@ class LSTMConfig:
     residual: bool = True           # add the identity between equal-width layers; False: the report's stack
     cudnn: bool = True              # on CUDA, cuDNN's kernel for the scan below; False: by hand there too
 
+    def __post_init__(self):
+        for key, value in vars(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{key} must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError("dropout must be 0 or more and below 1")
+
 
 class Scan(torch.autograd.Function):
     """The recurrence of one layer, and its backward through time, by hand.

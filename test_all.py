@@ -1,0 +1,868 @@
+"""Proves the claims of the other files: `python -m pytest test_all.py`. No network, no GPU needed, deterministic."""
+import functools
+import http.server
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings, strategies as st
+
+import bench
+import data
+import sample
+import train
+from data import UserError
+from model_gpt import GPT, GPTConfig, fused_attention, manual_attention
+from model_lstm import LSTM, LSTMConfig, Scan
+
+HERE = Path(__file__).parent
+TINY = {"gpt": {"block_size": 16, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16},
+        "lstm": {"block_size": 16, "vocab_size": 40, "n_layer": 3, "n_embd": 12, "n_hidden": 20}}
+# the same as command line keys, for runs on the tiny dataset below
+TINY_KEYS = {"gpt": ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=32"],
+             "lstm": ["--block_size=32", "--n_layer=2", "--n_embd=32", "--n_hidden=32"]}
+BOTH = pytest.mark.parametrize("name", ["gpt", "lstm"])
+
+
+def make(name, seed=0, **changes):
+    """A tiny model in eval mode, its weights large enough that outputs differ clearly."""
+    torch.manual_seed(seed)
+    model_class, config_class, _ = train.MODELS[name]
+    model = model_class(config_class(**{**TINY[name], **changes})).eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.4)
+    return model
+
+
+def tokens(*shape, vocab=40, seed=1):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def command(script, *keys, cwd, env=None, timeout=120):
+    """Run a script as a user types it."""
+    return subprocess.run([sys.executable, str(HERE / script), *keys], cwd=cwd, env={**os.environ, **(env or {})},
+                          capture_output=True, text=True, timeout=timeout)
+
+
+def refused(result):
+    """Assert that a command ended with one clear line and no traceback; return the line."""
+    assert result.returncode in (1, 2), result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """A folder with data/tiny prepared from 400 articles, and a short trained run of each model."""
+    folder = tmp_path_factory.mktemp("work")
+    write_jsonl(folder / "tiny.jsonl", data.write_mini(7, 400))
+    back = os.getcwd()
+    os.chdir(folder)
+    try:
+        data.main(["--dataset=tiny", "--source=tiny.jsonl", "--tokenizer=train", "--vocab_size=512"])
+        for name in TINY_KEYS:
+            train.main([f"--model={name}", "--dataset=tiny", *TINY_KEYS[name], "--max_iters=30", "--batch_size=8",
+                        "--eval_interval=10", "--eval_iters=2", "--learning_rate=5e-3", "--warmup=5"])
+    finally:
+        os.chdir(back)
+    return folder
+
+
+@pytest.fixture
+def here(work, monkeypatch):
+    """The same folder, as the current one."""
+    monkeypatch.chdir(work)
+    return work
+
+
+def write_jsonl(path, texts, **meta):
+    path.write_text("".join(json.dumps({"text": t, "meta": {"quality": "HIGH", **meta}}, ensure_ascii=False) + "\n"
+                            for t in texts), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+def test_parameter_counts_are_the_reports():
+    with torch.device("meta"):
+        gpt, lstm = GPT(GPTConfig()), LSTM(LSTMConfig())
+    assert gpt.num_params() == 134_367_744 and "134,367,744" in gpt.summary()
+    assert lstm.num_params() == 131_054_848 and "131,054,848" in lstm.summary()
+
+
+@BOTH
+def test_the_face_of_both_models(name):
+    model = make(name)
+    idx = tokens(3, 16)
+    logits, loss = model(idx[:, :-1], idx[:, 1:])
+    assert logits.shape == (3, 15, 40) and logits.dtype == torch.float32
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
+    assert torch.allclose(loss, expected)
+    last, none = model(idx[:, :-1])
+    assert none is None and torch.allclose(last, logits[:, -1:], atol=1e-6)
+    assert model.num_params() == sum(p.numel() for p in model.parameters())
+
+
+def test_gpt_equals_hugging_face():
+    """Same weights, zero biases where ours has none: same logits, same gradient of every parameter."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    ours, c = make("gpt"), TINY["gpt"]
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c["vocab_size"], n_positions=c["block_size"], n_embd=c["n_embd"],
+                                        n_layer=c["n_layer"], n_head=c["n_head"], tie_word_embeddings=False,
+                                        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
+    pairs = {}      # our name -> theirs; theirs holds Linear weights transposed (Conv1D)
+    for n, _ in ours.named_parameters():
+        pairs[n] = n if n.startswith("lm_head") else "transformer." + n.replace("blocks.", "h.")
+    params = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for p in params.values():
+            p.zero_()
+        for n, p in ours.named_parameters():
+            conv = n.startswith("blocks") and p.dim() == 2
+            params[pairs[n]].copy_(p.t() if conv else p)
+    idx = tokens(2, 17)
+    logits, loss = ours(idx[:, :-1], idx[:, 1:])
+    expected = theirs(idx[:, :-1]).logits
+    assert torch.allclose(logits, expected, atol=1e-4)
+    loss.backward()
+    nn.functional.cross_entropy(expected.flatten(0, 1), idx[:, 1:].flatten()).backward()
+    for n, p in ours.named_parameters():
+        g = params[pairs[n]].grad
+        g = g.t() if n.startswith("blocks") and p.dim() == 2 else g
+        assert torch.allclose(p.grad, g, atol=1e-4, rtol=1e-3), n
+
+
+def test_lstm_equals_nn_lstm():
+    """The plain stack against nn.LSTM: outputs, final state, and every gradient, the input's and the state's too."""
+    torch.manual_seed(0)
+    T, B, E, H, L = 9, 3, 5, 7, 3
+    theirs = nn.LSTM(E, H, L).double()
+    ours = LSTM(LSTMConfig(n_embd=E, n_hidden=H, n_layer=L, residual=False, vocab_size=11)).double()
+    ours.blocks.load_state_dict({f"{k}.{n}": getattr(theirs, f"{n}_l{k}") for k in range(L)
+                                 for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")})
+    x = torch.randn(T, B, E, dtype=torch.float64, requires_grad=True)
+    state = [torch.randn(L, B, H, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    y, hs, cs = x, [], []
+    for block, h, c in zip(ours.blocks, *state):
+        y, h, c = block(y, h, c)
+        hs.append(h), cs.append(c)
+    expected, (h, c) = theirs(x, tuple(state))
+    weights = [torch.randn_like(t) for t in (expected, h, c)]       # so that all three outputs send gradients back
+    got = torch.autograd.grad(sum((a * w).sum() for a, w in zip((y, torch.stack(hs), torch.stack(cs)), weights)),
+                              [x, *state, *ours.blocks.parameters()])
+    want = torch.autograd.grad(sum((a * w).sum() for a, w in zip((expected, h, c), weights)),
+                               [x, *state, *theirs.parameters()])
+    for a, b in zip((y, torch.stack(hs), torch.stack(cs), *got), (expected, h, c, *want)):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_scan_gradcheck():
+    torch.manual_seed(0)
+    T, B, H = 4, 2, 3
+    args = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(T, B, 4 * H), (4 * H, H), (B, H), (B, H)]]
+    assert torch.autograd.gradcheck(Scan.apply, args)
+
+
+def test_lstm_residual_adds_the_identity_and_no_parameter():
+    plain, skip = make("lstm", residual=False), make("lstm", residual=True)
+    assert plain.num_params() == skip.num_params()
+    x, state = torch.randn(4, 2, 20), torch.zeros(2, 20)
+    assert torch.allclose(skip.blocks[1](x, state, state)[0], x + plain.blocks[1](x, state, state)[0])
+    assert not skip.blocks[0].residual      # 12 channels in, 20 out: no identity there
+
+
+@pytest.mark.parametrize("T, S", [(8, 8), (1, 8), (3, 8)])
+def test_manual_equals_fused_attention(T, S):
+    torch.manual_seed(0)
+    q = torch.randn(2, 3, T, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 3, S, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.ones(S, S, dtype=torch.bool).tril()[S - T:]
+    a, b = (f(q, k, v, mask) for f in (manual_attention, fused_attention))
+    assert torch.allclose(a, b)
+    w = torch.randn_like(a)
+    for x, y in zip(torch.autograd.grad((a * w).sum(), (q, k, v)), torch.autograd.grad((b * w).sum(), (q, k, v))):
+        assert torch.allclose(x, y)
+
+
+@BOTH
+@settings(deadline=None, max_examples=20, derandomize=True)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=16))
+def test_step_in_any_chunks_equals_forward(name, chunks):
+    model, idx = make(name), tokens(2, 16)
+    state, t = model.init_state(2), 0
+    for chunk in chunks:
+        if t == 16:
+            break
+        logits, state = model.step(idx[:, t:t + chunk], state)
+        t = min(t + chunk, 16)
+        assert logits.shape == (2, 40)
+        assert torch.allclose(logits, model(idx[:, :t])[0][:, -1], atol=1e-4)
+
+
+@BOTH
+def test_a_later_token_never_changes_an_earlier_logit(name):
+    model, idx = make(name), tokens(1, 16)
+    before = model(idx, idx)[0]
+    for j in (5, 15):
+        changed = idx.clone()
+        changed[0, j] = (changed[0, j] + 1) % 40
+        after = model(changed, idx)[0]
+        assert torch.equal(before[:, :j], after[:, :j])
+        assert not torch.allclose(before[:, j], after[:, j])
+
+
+def test_gpt_flops_are_those_of_its_matrix_products():
+    from torch.utils.flop_counter import FlopCounterMode
+    model = make("gpt", fused_attention=False)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens(1, 16), tokens(1, 16))[1].backward()
+    assert counter.get_total_flops() == 16 * model.flops_per_token()
+
+
+@BOTH
+def test_bfloat16_stays_close_to_float32(name):
+    model, idx = make(name), tokens(4, 17)
+    exact = model(idx[:, :-1], idx[:, 1:])[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+    loss.backward()
+    assert loss.dtype == torch.float32 and abs(loss - exact) < 0.05
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@BOTH
+def test_overfits_a_tiny_batch(name):
+    model, idx = make(name).train(), tokens(2, 17)
+    for p in model.parameters():
+        p.data.mul_(0.25)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05      # it began near ln 40 = 3.7
+
+
+@pytest.mark.parametrize("name, changes", [("gpt", {"n_head": 5}), ("gpt", {"n_layer": 0}), ("lstm", {"n_hidden": 0}),
+                                           ("lstm", {"dropout": 1.0})])
+def test_impossible_sizes_are_refused(name, changes):
+    with pytest.raises(ValueError):
+        train.MODELS[name][1](**changes)
+
+
+# ---------------------------------------------------------------------------------------------- generation
+
+@BOTH
+def test_cached_and_naive_generation_agree_past_block_size(name):
+    model, idx = make(name), tokens(2, 5)
+    runs = []
+    for cached in (True, False):
+        generator = torch.Generator().manual_seed(3)
+        runs.append(torch.stack(list(sample.generate(model, idx, 50, generator=generator, cached=cached)), 1))
+    assert runs[0].shape == (2, 50)         # block_size is 16
+    assert torch.equal(*runs)
+
+
+@BOTH
+def test_generation_past_block_size_is_the_models_own(name):
+    """Greedy, beside a reference that knows nothing of caches: the newest half of the window is kept when it is full."""
+    model, ids = make(name), tokens(1, 5)[0].tolist()
+    got = [int(t) for t in sample.generate(model, torch.tensor([ids]), 40, temperature=0)]
+    first = 0
+    for token in got:
+        if name == "gpt" and len(ids) - first > 16:
+            first = len(ids) - 8
+        assert token == model(torch.tensor([ids[first:]]))[0][0, -1].argmax()
+        ids.append(token)
+
+
+def test_gpt_state_refuses_more_than_block_size():
+    model = make("gpt")
+    _, state = model.step(tokens(1, 16), model.init_state(1))
+    with pytest.raises(ValueError, match="block_size"):
+        model.step(tokens(1, 1), state)
+    with pytest.raises(ValueError, match="block_size"):
+        model(tokens(1, 17))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5])
+def test_samples_follow_softmax_of_logits_over_temperature(temperature):
+    logits = torch.linspace(-2, 2, 20)
+    n = 40_000
+    drawn = sample.pick(logits.expand(n, 20), temperature, generator=torch.Generator().manual_seed(0))
+    expected = n * (logits / temperature).softmax(0)
+    chi_square = ((torch.bincount(drawn, minlength=20) - expected) ** 2 / expected).sum()
+    assert chi_square < 43.8        # 19 degrees of freedom, p = 0.001
+
+
+def test_temperature_zero_is_greedy_and_top_k_top_p_cut():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 50)
+    assert sample.pick(logits, 0) == logits.argmax()
+    many = logits.expand(2000, 50)
+    assert set(sample.pick(many, 1.0, top_k=3).tolist()) == set(logits[0].topk(3).indices.tolist())
+    p, order = logits[0].softmax(0).sort(descending=True)
+    kept = order[:int((p.cumsum(0) < 0.5).sum()) + 1]       # the fewest likeliest that reach a half
+    assert set(sample.pick(many, 1.0, top_p=0.5).tolist()) == set(kept.tolist())
+
+
+def test_streamed_text_never_breaks_a_character(work):
+    tok = data.load_tokenizer(str(work / "data/tiny/tokenizer"))
+    text = "Zażółć gęślą jaźń 🦊🇵🇱 — ☃ " * 9 + "🦊"
+    ids = data.encode(tok, [text])[0]
+    stream = sample.TextStream(tok, [tok.bos_token_id])
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) == text and not any("\ufffd" in p for p in pieces)
+    assert len([p for p in pieces if p]) > 50       # it did come in pieces
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+def test_mini_is_reproducible_varied_and_grammatical():
+    articles = list(data.write_mini(1, 2000))
+    assert articles == list(data.write_mini(1, 2000)) != list(data.write_mini(2, 2000))
+    assert len(set(articles)) == 2000
+    text = "\n".join(articles)
+    assert len(set(re.findall(r"\w+", text))) > 3000
+    for wrong in (r"\bz S[tzpk]", r"\bW \d+ roku mieszkało tam \d*[02-9]?[234] osoby", r"\burodził się \w+ka ",
+                  r"(?<!1)[234] (lat|osób|kilometrów|okazów|domów)\b", r"[05-9] (lata|osoby|kilometry|okazy|domy)\b"):
+        assert not re.search(wrong, text), re.search(wrong, text)
+    assert data.count(1, "rok", "lata", "lat") == "1 rok" and data.count(1022, "rok", "lata", "lat") == "1 022 lata"
+
+
+def test_splits_are_disjoint_whole_and_reproducible(tmp_path, monkeypatch):
+    """Identical documents never straddle splits; the number of workers and the order of documents do not matter."""
+    monkeypatch.chdir(tmp_path)
+    texts = [f"Dokument numer {i}, zawsze inny." for i in range(300)]
+    write_jsonl(tmp_path / "a.jsonl", texts + texts[:50])
+    keys = ["--source=a.jsonl", "--tokenizer=train", "--vocab_size=512"]
+    metas = []
+    for name, workers in (("one", "1"), ("two", "2")):
+        assert command("data.py", f"--dataset={name}", *keys, cwd=tmp_path, env={"RAYON_NUM_THREADS": workers}).returncode == 0
+        meta, splits = data.load_dataset(name)
+        metas.append(meta["splits"])
+    assert metas[0] == metas[1]
+    tok = data.load_tokenizer("data/one/tokenizer")
+    documents = {s: [d.strip() for d in tok.decode(t.astype(np.int64)).replace("</s>", "").split("<s>") if d.strip()]
+                 for s, t in splits.items()}
+    assert {s: len(d) for s, d in documents.items()} == {"train": 240, "val": 30, "test": 30}
+    assert sorted(sum(documents.values(), [])) == sorted(texts)
+    hashes = np.random.default_rng(0).integers(2 ** 63, size=1000, dtype=np.uint64)
+    order = np.random.default_rng(1).permutation(1000)
+    assert (data.assign_splits(hashes)[order] == data.assign_splits(hashes[order])).all()
+
+
+def test_every_document_is_bos_text_eos_and_every_id_is_in_the_vocabulary(here):
+    meta, splits = data.load_dataset("tiny")
+    tok = data.load_tokenizer("data/tiny/tokenizer")
+    assert len(tok) == meta["vocab_size"] == 512
+    total = 0
+    for split, t in splits.items():
+        assert t.dtype == np.uint16 and t.max() < 512
+        starts, ends = np.flatnonzero(t == tok.bos_token_id), np.flatnonzero(t == tok.eos_token_id)
+        assert len(starts) == meta["splits"][split]["documents"] and starts[0] == 0 and ends[-1] == len(t) - 1
+        assert (starts[1:] == ends[:-1] + 1).all()
+        total += len(starts)
+    assert total == 400
+
+
+def test_a_tokenizer_of_32000_entries_gives_polish_text_back():
+    rng = np.random.default_rng(0)
+    syllables = [a + b for a in "b c ć d f g h j k l ł m n ń p r s ś t w z ź ż cz sz rz".split() for b in "aeiouyąęó"]
+    words = ["".join(rng.choice(syllables, rng.integers(2, 5))) for _ in range(40_000)] * 3
+    tok = data.train_tokenizer((" ".join(words[i:i + 100]) for i in range(0, len(words), 100)), 32_000)
+    assert len(tok) == 32_000
+    for text in ["Zażółć gęślą jaźń.", "ĄĆĘŁŃÓŚŹŻ ąćęłńóśźż", "emoji 🦊 i flaga 🇵🇱", "  dwie spacje\ti tabulator \n\nkoniec ",
+                 " ".join(words[:500]), "literalne <s> i </s> oraz <unk>", "日本語 עברית \u200f", "NUL\x00w środku", "1234,5"]:
+        ids = np.array(data.encode(tok, [text])[0], dtype="<u2")
+        assert tok.decode(ids.astype(np.int64)) == text
+        assert not {tok.bos_token_id, tok.eos_token_id, tok.unk_token_id} & set(ids.tolist())
+    assert ids.itemsize == 2 and max(max(r) for r in data.encode(tok, words[:5000])) > 31_000
+
+
+def test_batches_are_a_permutation_and_replay():
+    n, batch = 50, 8
+    seen = [w for step in range(25) for w in data.train_windows(n, step, batch, seed=5)]
+    for epoch in range(4):      # 25 * 8 = 4 * 50
+        assert sorted(seen[epoch * n:(epoch + 1) * n]) == list(range(n))
+    assert seen[:n] != seen[n:2 * n] and seen[:n] != [w for s in range(7) for w in data.train_windows(n, s, batch, 6)][:n]
+    assert data.train_windows(n, 17, batch, 5) == seen[17 * batch:18 * batch]
+    parts = [data.train_windows(n, 17, batch, 5, rank, 4) for rank in range(4)]
+    assert sum(parts, []) == seen[17 * batch:18 * batch]
+    idx, targets = data.get_batch(np.arange(1000, dtype=np.uint16), [0, 3], 20, "cpu")
+    assert idx.tolist() == [list(range(20)), list(range(60, 80))] and torch.equal(targets, idx + 1)
+
+
+class PlwikiServer:
+    """SpeakLeash's layout on 127.0.0.1: speakleash.json, plwiki.manifest, plwiki.jsonl.zst."""
+
+    def __init__(self, folder):
+        import zstandard
+        lines = "".join(json.dumps({"text": f"{q} artykuł {i}. " + "Treść hasła. " * 9, "meta": {"quality": q, "title": str(i)}},
+                                   ensure_ascii=False) + "\n" for i in range(60) for q in ("HIGH", "MEDIUM", "LOW"))
+        packed = zstandard.ZstdCompressor().compress(lines.encode())
+        (folder / "plwiki.jsonl.zst").write_bytes(packed)
+        (folder / "speakleash.json").write_text(json.dumps([{"name": "plwiki"}]))
+        (folder / "plwiki.manifest").write_text(json.dumps({"stats": {"documents": 180}, "file_size": len(packed)}))
+        handler = functools.partial(QuietHandler, directory=str(folder))
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_plwiki_through_the_real_speakleash_client(work, tmp_path, monkeypatch):
+    from speakleash.config_loader import ConfigLoader
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "served").mkdir()
+    with PlwikiServer(tmp_path / "served") as server:
+        monkeypatch.setattr(ConfigLoader, "load_config", staticmethod(lambda: {"url_datasets_text_pl": server.url}))
+        data.main(["--dataset=plwiki", f"--tokenizer={work}/data/tiny/tokenizer", "--n_docs=50"])
+    meta, splits = data.load_dataset("plwiki")
+    assert [meta["splits"][s]["documents"] for s in data.SPLITS] == [40, 5, 5]
+    tok = data.load_tokenizer("data/plwiki/tokenizer")
+    text = " ".join(tok.decode(t.astype(np.int64)) for t in splits.values())
+    assert text.count("HIGH artykuł") == 50 and "LOW" not in text and "MEDIUM" not in text
+
+
+def test_unreachable_hub_and_speakleash_are_told_in_one_line_in_time(work, tmp_path):
+    """A server that accepts and never answers is the worst case: no refusal, no time limit of the clients' own."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        start = time.time()
+        line = refused(command("data.py", cwd=tmp_path, env={"HF_ENDPOINT": url, "HF_HOME": str(tmp_path)}))
+        assert time.time() - start < 15 and "--tokenizer=" in line and "mini" in line       # imports included
+        start = time.time()
+        assert not data.reachable(url) and time.time() - start < 10
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "reachable", lambda url: False)
+        with pytest.raises(UserError, match="--source=FILE.*mini"):
+            data.fetch_plwiki(tmp_path / "x")
+    assert not (tmp_path / "data/plwiki").exists()
+
+
+def good_line(text="Dokument. "):
+    return json.dumps({"text": text * 9, "meta": {"quality": "HIGH"}}).encode() + b"\n"
+
+
+BAD_SOURCES = {
+    "empty.jsonl": (b"", "holds no document"),
+    "blank.txt": (b" \n\n", "holds no document"),
+    "low.jsonl": (good_line().replace(b"HIGH", b"LOW"), "quality HIGH"),
+    "not.jsonl.zst": (b"plain text", "not a zstd file"),
+    "broken.jsonl": (good_line() * 3 + b"{oops\n", "line 4: not JSON"),
+    "deep.jsonl": (b"[" * 100_000 + b"\n", "line 1: not JSON"),
+    "list.jsonl": (b"[1, 2]\n", "line 1: not {"),
+    "notext.jsonl": (good_line() + b'{"meta": {}}\n', "line 2: not {"),
+    "number.jsonl": (b'{"text": 5}\n', "line 1: not {"),
+    "latin2.txt": ("zażółć".encode("iso-8859-2"), "not UTF-8"),
+    "few.jsonl": (good_line() * 9, "cannot be split"),
+    "wrong.csv": (b"a,b\n", ".jsonl, .jsonl.zst or .txt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SOURCES)
+def test_bad_sources_are_refused_and_leave_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, message = BAD_SOURCES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)):
+        data.main(["--dataset=bad", f"--source={name}", "--tokenizer=train", "--vocab_size=512"])
+    assert not list(tmp_path.glob("data/*")) and not list(tmp_path.glob("data/.*"))
+
+
+def test_awkward_documents_survive(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    awkward = ["", "  \n ", "\ufeffBOM na początku", "wiersz\r\nCRLF", "zero\x00bajt", "</s><s> wewnątrz", "🦊" * 50, "raz", "raz"]
+    lines = [json.dumps({"text": t}) for t in awkward] + ['{"text": "pół znaku \\ud83e tutaj"}']
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
+    data.main(["--dataset=odd", "--source=a.jsonl", "--tokenizer=train", "--vocab_size=512"])
+    meta, splits = data.load_dataset("odd")
+    tok = data.load_tokenizer("data/odd/tokenizer")
+    text = "".join(tok.decode(t.astype(np.int64)) for t in splits.values())
+    assert sum(s["documents"] for s in meta["splits"].values()) == 7
+    assert text.count("</s>") == 8 and "pół znaku ? tutaj" in text and "🦊" * 50 in text
+
+
+def test_text_files_are_cut_at_line_ends(tmp_path):
+    lines = [f"Wiersz {i} " + "x" * 90 + "\n" for i in range(200)]
+    (tmp_path / "a.txt").write_text("".join(lines), encoding="utf-8")
+    pieces = list(data.read_documents(tmp_path / "a.txt"))
+    assert "".join(pieces) == "".join(lines) and len(pieces) > 5
+    assert all(p.endswith("\n") and len(p) < 2200 for p in pieces)
+
+
+@pytest.mark.parametrize("damage", ["token", "meta", "cut", "vocabulary", "missing", "version"])
+def test_damaged_data_folders_are_refused(damage, work, tmp_path, monkeypatch):
+    import shutil
+    shutil.copytree(work / "data/tiny", tmp_path / "data/tiny")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data/tiny"
+    raw, meta = (folder / "val.bin").read_bytes(), json.loads((folder / "meta.json").read_text())
+    if damage == "token":
+        (folder / "val.bin").write_bytes(b"\xff\xff" + raw[2:])
+    elif damage == "cut":
+        (folder / "val.bin").write_bytes(raw[:-1])
+    elif damage == "missing":
+        (folder / "val.bin").unlink()
+    elif damage == "meta":
+        (folder / "meta.json").write_text("{")
+    else:
+        meta.update({"vocab_size": 100} if damage == "vocabulary" else {"format_version": 99})
+        (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="damaged"):
+        data.load_dataset("tiny")
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+@pytest.mark.parametrize("script, keys, message", [
+    ("train.py", ["--learning_rat=1e-3"], "did you mean --learning_rate?"),
+    ("train.py", ["--n_head=4", "--model=lstm"], "unknown key --n_head"),
+    ("train.py", ["--batch_size=0"], "batch_size must be at least 1"),
+    ("train.py", ["--batch_size=2.5"], "must be a whole number"),
+    ("train.py", ["--learning_rate=nan"], "finite"),
+    ("train.py", ["--weight_decay=-1"], "0 or more"),
+    ("train.py", ["--wandb_log=maybe"], "must be one of True, False"),
+    ("train.py", ["--model=rnn"], "must be one of gpt, lstm"),
+    ("train.py", ["--dataset=nothere"], "python data.py --dataset=nothere"),
+    ("train.py", ["--dataset=../tiny"], "a name of letters"),
+    ("train.py", ["--dataset=tiny", "--vocab_size=7"], "below the dataset's"),
+    ("train.py", ["--dataset=tiny", "--block_size=100000"], "too small"),
+    ("train.py", ["--dataset=tiny", "--n_head=7"], "n_head"),
+    ("train.py", ["--dataset=tiny", "--dtype=int7"], "must be one of"),
+    ("train.py", ["--dataset=tiny", "--init_from=resume", "--out_dir=empty"], "no checkpoint"),
+    ("train.py", ["--dataset=tiny", "--init_from=resume", "--batch_size=9"], "has --batch_size=8, not 9"),
+    ("train.py", ["batch_size=3"], "--key=value"),
+    ("train.py", ["--batch_size"], "--key=value"),
+    ("sample.py", ["--prompt="], "prompt is empty"),
+    ("sample.py", ["--top_p=1.5"], "top_p"),
+    ("sample.py", ["--temperature=inf"], "finite"),
+    ("sample.py", ["--out_dir=empty"], "python train.py"),
+    ("sample.py", ["--model=lstm", "--out_dir=outputs/transformer"], "holds a gpt"),
+    ("bench.py", ["--device=tpu"], "must be one of"),
+    ("data.py", ["--dataset=books"], "needs --source"),
+    ("data.py", ["--dataset=x", "--source=nothere.txt", "--tokenizer=train"], "no such file"),
+    ("data.py", ["--dataset=x", "--source=tiny.jsonl", "--tokenizer=train", "--vocab_size=70000"], "512 to 65536"),
+    ("data.py", ["--dataset=x", "--source=tiny.jsonl", "--tokenizer=outputs"], "cannot load the tokenizer"),
+])
+def test_mistakes_end_in_one_clear_line(script, keys, message, here, capsys):
+    main = {"train.py": train, "sample.py": sample, "bench.py": bench, "data.py": data}[script].main
+    before = sorted(p for p in here.rglob("*") if "outputs" not in p.parts)
+    with pytest.raises(UserError) as error:
+        main(keys)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert sorted(p for p in here.rglob("*") if "outputs" not in p.parts) == before
+
+
+def test_a_mistake_is_exit_code_1_without_traceback(here):
+    assert refused(command("train.py", "--model=transformer", cwd=here)) == \
+        "error: --model=transformer: must be one of gpt, lstm"
+    if not torch.cuda.is_available():
+        assert "there is none here" in refused(command("sample.py", "--device=cuda", cwd=here))
+
+
+@pytest.mark.parametrize("module, classes", [(data, [data.DataConfig]), (sample, [sample.SampleConfig]),
+                                             (bench, [bench.BenchConfig]), (train, [train.TrainConfig, LSTMConfig])])
+def test_help_lists_every_key_with_default_and_meaning(module, classes, capsys):
+    with pytest.raises(SystemExit) as end:
+        module.main(["--model=lstm", "--help"] if module is train else ["--help"])
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for cls in classes:
+        for key, default in vars(cls()).items():
+            line, = [x for x in lines if x.startswith(f"  --{key}=")]
+            assert line.startswith(f"  --{key}={default}") and len(line.split(maxsplit=1)[1]) > 8, line
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(st.lists(st.one_of(st.text(max_size=12), st.builds("--{}={}".format, st.sampled_from(
+    [f for f in vars(train.TrainConfig())] + ["x"]), st.text(max_size=8)))))
+def test_any_arguments_are_parsed_or_refused(argv):
+    try:
+        values = data.parse_args([a for a in argv if a not in ("-h", "--help")], "", train.TrainConfig)
+        data.configure(train.TrainConfig, values)
+    except UserError as error:
+        assert str(error).startswith("error: ")
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+def run_tiny(name, out_dir, *keys):
+    """Train a tiny model in this process; return its results."""
+    train.main([f"--model={name}", "--dataset=tiny", *TINY_KEYS[name], "--batch_size=8", "--eval_interval=4", "--eval_iters=1",
+                "--warmup=2", "--dtype=float32", f"--out_dir={out_dir}", *keys])
+    return json.loads((Path(out_dir) / "results.json").read_text())
+
+
+@BOTH
+def test_a_run_leaves_what_it_promises(name, here):
+    folder = Path(train.MODELS[name][2])
+    assert {p.name for p in folder.iterdir()} >= {"ckpt.pt", "last.pt", "model_summary.txt", "metrics.jsonl", "results.json",
+                                                  "learning_curves.png"}
+    results = json.loads((folder / "results.json").read_text())
+    assert {"test_loss", "test_perplexity", "train_loss", "train_perplexity", "val_loss", "val_perplexity", "tokens_seen",
+            "minutes", "tokens_per_second", "n_params", "device", "dtype", "config"} <= results.keys()
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert [m["step"] for m in metrics] == [0, 10, 20, 30]
+    assert metrics[-1]["val_loss"] < metrics[0]["val_loss"] - 0.3
+    assert results["tokens_seen"] == 30 * 8 * 32 and results["val_loss"] == min(m["val_loss"] for m in metrics)
+    model = train.build_model(train.load_checkpoint(folder / "ckpt.pt"))
+    _, splits = data.load_dataset("tiny")
+    rows = splits["test"][:(len(splits["test"]) - 1) // 32 * 32 + 1].astype(np.int64)
+    with torch.no_grad():       # the whole test split, computed another way
+        loss = model(torch.tensor(rows[:-1]).view(-1, 32), torch.tensor(rows[1:]).view(-1, 32))[1]
+    assert abs(loss - results["test_loss"]) < 0.02      # the run may have used bfloat16
+    assert (folder / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert f"{results['n_params']:,}" in (folder / "model_summary.txt").read_text()
+
+
+def test_recipes_set_what_they_say(here):
+    report = run_tiny("lstm", "out/recipe", "--recipe=report", "--max_iters=1")["config"]
+    for key, value in {"optimizer": "adam", "schedule": "constant", "grad_clip": 0, "residual": False, "dtype": "float32"}.items():
+        assert report[key] == value
+    tuned = run_tiny("gpt", "out/recipe", "--max_iters=1", "--grad_clip=0.5")["config"]
+    assert (tuned["optimizer"], tuned["schedule"], tuned["fused_attention"], tuned["grad_clip"]) == ("adamw", "cosine", True, 0.5)
+    mixed = run_tiny("gpt", "out/recipe", "--max_iters=1", "--recipe=report", "--optimizer=adamw")["config"]
+    assert (mixed["optimizer"], mixed["fused_attention"]) == ("adamw", False)
+
+    model = make("gpt")
+    adam = train.make_optimizer(model, train.TrainConfig(optimizer="adam"))
+    assert type(adam) is torch.optim.Adam and adam.param_groups[0]["weight_decay"] == 0.1
+    assert sum(p.numel() for p in adam.param_groups[0]["params"]) == model.num_params()
+    adamw = train.make_optimizer(model, train.TrainConfig())
+    assert type(adamw) is torch.optim.AdamW
+    assert {(p.dim() >= 2, g["weight_decay"]) for g in adamw.param_groups for p in g["params"]} == {(True, 0.1), (False, 0.0)}
+
+    constant, cosine = train.TrainConfig(schedule="constant"), train.TrainConfig(max_iters=1000, warmup=10)
+    assert {train.learning_rate_at(constant, s, m) for s in (0, 500) for m in (0, 99)} == {5e-4}
+    rates = [train.learning_rate_at(cosine, s, 0.0) for s in range(1001)]
+    assert rates[0] == 5e-5 and rates[9] == 5e-4 and rates[1000] == 5e-5 and rates[10:] == sorted(rates[10:], reverse=True)
+    by_clock = train.TrainConfig()
+    assert train.learning_rate_at(by_clock, 10 ** 6, 60.0) == pytest.approx((5e-4 + 5e-5) / 2)
+
+
+def test_gradient_clipping_bounds_the_step(here):
+    """With plain clipping to almost nothing, Adam's first step is the same, but a second, larger gradient is tamed."""
+    free = run_tiny("gpt", "out/clip", "--max_iters=8", "--learning_rate=0.05")
+    clipped = run_tiny("gpt", "out/clip", "--max_iters=8", "--learning_rate=0.05", "--grad_clip=1e-9")
+    assert clipped["test_loss"] != free["test_loss"]
+    assert abs(clipped["test_loss"] - np.log(512)) < 0.2    # gradients of 1e-9 vanish beside Adam's eps
+
+
+@BOTH
+def test_accumulated_batches_equal_one_large_batch(name, here):
+    whole = run_tiny(name, "out/whole", "--max_iters=8")
+    parts = run_tiny(name, "out/parts", "--max_iters=8", "--batch_size=2", "--gradient_accumulation_steps=4", "--eval_iters=4")
+    assert whole["tokens_seen"] == parts["tokens_seen"]
+    assert whole["test_loss"] == pytest.approx(parts["test_loss"], abs=1e-4)
+
+
+@BOTH
+def test_a_killed_run_resumes_bit_for_bit(name, here):
+    keys = [f"--model={name}", "--dataset=tiny", *TINY_KEYS[name], "--batch_size=8", "--eval_interval=5", "--eval_iters=1",
+            "--max_iters=40", "--dropout=0.1", "--dtype=float32"]
+    train.main([*keys, f"--out_dir=out/whole-{name}"])
+    cut = Path(f"out/cut-{name}")
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *keys, f"--out_dir={cut}"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while process.poll() is None and time.time() < deadline:
+        if (cut / "metrics.jsonl").exists() and len((cut / "metrics.jsonl").read_text().splitlines()) >= 3:
+            process.kill()
+            break
+        time.sleep(0.005)
+    process.wait()
+    assert not (cut / "results.json").exists()
+    train.main([f"--model={name}", "--init_from=resume", f"--out_dir={cut}"])
+    whole, resumed = (torch.load(f"out/{run}-{name}/last.pt", weights_only=True) for run in ("whole", "cut"))
+    assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
+    for key in ("train_loss", "val_loss", "step", "tokens_seen"):
+        assert [m[key] for m in whole["metrics"]] == [m[key] for m in resumed["metrics"]]
+    results = [json.loads(Path(f"out/{run}-{name}/results.json").read_text()) for run in ("whole", "cut")]
+    assert results[0]["test_loss"] == results[1]["test_loss"]
+
+
+def test_sigterm_finishes_the_step_saves_and_scores(here):
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), "--dataset=tiny", *TINY_KEYS["gpt"], "--batch_size=8",
+                                "--eval_interval=5", "--eval_iters=1", "--out_dir=out/term"], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    deadline = time.time() + 60
+    while not Path("out/term/last.pt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert Path("out/term/results.json").exists() and "Traceback" not in output
+    assert torch.load("out/term/last.pt", weights_only=True)["step"] == json.loads(Path("out/term/results.json").read_text())["steps"]
+
+
+def test_time_budget_ends_a_run(here):
+    results = run_tiny("gpt", "out/time", "--max_minutes=0.03")
+    assert 0.03 <= results["minutes"] < 0.2 and results["steps"] > 0
+
+
+def test_two_processes_equal_one(here):
+    """DistributedDataParallel on gloo: the same global batches, so the same curve to rounding."""
+    one = run_tiny("lstm", "out/one", "--max_iters=8")
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                             str(HERE / "train.py"), "--model=lstm", "--dataset=tiny", *TINY_KEYS["lstm"], "--batch_size=8",
+                             "--eval_interval=4", "--eval_iters=1", "--warmup=2", "--dtype=float32", "--max_iters=8",
+                             "--out_dir=out/two"], capture_output=True, text=True, timeout=120,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    two = json.loads(Path("out/two/results.json").read_text())
+    assert one["tokens_seen"] == two["tokens_seen"] and result.stdout.count("parameters;") == 1
+    for key in ("train_loss", "val_loss", "test_loss"):
+        assert one[key] == pytest.approx(two[key], abs=1e-4)
+
+
+def wandb_records(raw):
+    """The records of a .wandb file, LevelDB's log format: a file header of 7 bytes, then blocks of 32 KiB of pieces, each
+    of crc (4 bytes), length (2) and kind (1: whole, 2: first, 3: middle, 4: last)."""
+    assert raw[:4] == b":W&B"
+    at, record = 7, b""
+    while at + 7 <= len(raw):
+        if 32768 - at % 32768 < 7:      # no room for a piece: padding
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(raw[at + 4:at + 6], "little"), raw[at + 6]
+        record += raw[at + 7:at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def test_an_offline_wandb_run_leaves_a_readable_file(here, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_tiny("gpt", "out/wandb", "--max_iters=4", "--wandb_log=True", "--wandb_run_name=probe")
+    file, = Path("out/wandb").rglob("*.wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+    kinds, logged = [], []
+    for raw in wandb_records(file.read_bytes()):
+        record = Record()
+        record.ParseFromString(raw)
+        kinds.append(record.WhichOneof("record_type"))
+        logged += [item.key or ".".join(item.nested_key) for item in record.history.item]
+    assert "run" in kinds and logged.count("val_loss") == 2
+
+
+def test_a_broken_wandb_never_stops_a_run(here, monkeypatch, capsys):
+    import wandb
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: 1 / 0)
+    assert run_tiny("gpt", "out/nowandb", "--max_iters=1", "--wandb_log=True")["steps"] == 1
+    assert "wandb is off for this run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty", "foreign", "version"])
+def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
+    raw = Path("outputs/transformer/ckpt.pt").read_bytes()
+    path = tmp_path / "ckpt.pt"
+    if damage == "foreign":
+        torch.save({"model": {}}, path)
+    elif damage == "version":
+        torch.save({"format_version": 99}, path)
+    else:
+        path.write_bytes({"cut": raw[:len(raw) // 2], "flip": b"PK" + raw[:100], "text": b"ala ma kota", "empty": b""}[damage])
+    with pytest.raises(UserError, match="damaged|format 99"):
+        train.load_checkpoint(path)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def full_disk(scratch):
+        scratch.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        train.write_whole(path, full_disk)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------- as a user types it
+
+def test_train_without_data_makes_mini_and_says_so(tmp_path):
+    result = command("train.py", "--max_iters=2", "--eval_iters=1", "--batch_size=4", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "nothing is prepared" in result.stdout and (tmp_path / "outputs/transformer/results.json").exists()
+    assert json.loads((tmp_path / "data/mini/meta.json").read_text())["vocab_size"] == 2048
+
+
+@BOTH
+def test_sample_streams_text_and_repeats_itself(name, here):
+    results = [command("sample.py", f"--model={name}", "--temperature=1.0", "--max_new_tokens=40", cwd=here) for _ in range(2)]
+    assert results[0].returncode == 0, results[0].stderr
+    lines = [r.stdout.splitlines() for r in results]
+    assert lines[0][:-1] == lines[1][:-1] and lines[0][0].startswith("Polska to piękny kraj.")
+    assert re.match(rf"\[{name}, tiny, [\d.]+ tokens/s", lines[0][-1])
+
+
+def test_sample_batch_grid_and_long_prompt(here, capsys):
+    sample.main(["--model=gpt", "--num_samples=3", "--max_new_tokens=10"])
+    assert capsys.readouterr().out.count("---") == 3
+    sample.main(["--model=gpt", "--prompt=" + "rzeka " * 200, "--max_new_tokens=3"])
+    assert "newest 32" in capsys.readouterr().err
+    sample.main(["--model=lstm", "--grid=True", "--max_new_tokens=5"])
+    report = json.loads(Path("outputs/rnn/rnn_inference_results.json").read_text())
+    assert {(r["prompt"], r["temperature"]) for r in report["results"]} == \
+        {(p, t) for p in sample.GRID_PROMPTS for t in (0.5, 1.0, 1.5)} and len(sample.GRID_PROMPTS) >= 5
+    assert all(r["text"].startswith("<s>") for r in report["results"])
+
+
+def test_sample_takes_the_newest_checkpoint(here, capsys):
+    os.utime("outputs/rnn/ckpt.pt")
+    sample.main(["--max_new_tokens=2"])
+    assert "[lstm, tiny" in capsys.readouterr().out
+
+
+def test_bench_measures_and_writes(tmp_path, monkeypatch, capsys):
+    """The real loop on small stand-ins: the full sizes take minutes."""
+    monkeypatch.setattr(train, "MODELS", train.MODELS)
+    small = {"gpt": functools.partial(GPTConfig, n_layer=2, n_embd=48), "lstm": functools.partial(LSTMConfig, n_layer=2, n_hidden=48)}
+    monkeypatch.setattr(bench, "MODELS", {k: (m, small[k], d) for k, (m, _, d) in train.MODELS.items()})
+    bench.main(["--device=cpu", "--new_tokens=40", "--repeats=2", f"--out_dir={tmp_path}"])
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert {(r["model"], r["mode"]) for r in report["generation"]} == {(m, k) for m in small for k in ("naive", "cached")}
+    for row in report["generation"]:
+        assert row["tokens_per_second"] > 0 and row["bandwidth_share"] > 0
+        naive = next(r for r in report["generation"] if r["model"] == row["model"])
+        assert row["ratio_to_naive"] == pytest.approx(row["tokens_per_second"] / naive["tokens_per_second"], abs=0.01)
+    assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG" and "16.5" in capsys.readouterr().out
+
+
+def test_readme_commands_and_keys_exist():
+    """What README.md tells a reader to type is parsed by the scripts as they are."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    configs = {"data.py": [data.DataConfig], "sample.py": [sample.SampleConfig], "bench.py": [bench.BenchConfig]}
+    found = re.findall(r"(?:python|torchrun [^\n`]*?) ?(\w+\.py)((?: --[^\s`|&]+)*)", text)
+    assert len(found) > 10
+    for script, keys in found:
+        classes = configs.get(script, [train.TrainConfig, LSTMConfig if "--model=lstm" in keys else GPTConfig])
+        if script != "test_all.py":
+            data.parse_args([k for k in keys.split() if "=" in k], "", *classes)
