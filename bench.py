@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 import data
-from data import UserError
 from sample import generate
-from train import MODELS, choose_device, choose_dtype, device_name, keep_freed_memory, write_whole
+from train import MODELS, choose_device, choose_dtype, device_name, devices_present, keep_freed_memory, write_whole
 
 PROMPT_TOKENS = 8
 REPORT = "the report, naive: Transformer 16.5 tokens/s on an A40, 13 on an M4; LSTM 16.5 on an A40, 4 on an M4"
@@ -66,8 +64,7 @@ def read_bandwidth(device):
 
 def bytes_per_token(model):
     """Bytes of weights that one decoding step must read: all but the embedding tables, of which it reads a row."""
-    tables = [p for name, p in model.named_parameters() if name.startswith(("wte", "wpe"))]
-    return sum(p.numel() * p.element_size() for p in model.parameters()) - sum(p.numel() * p.element_size() for p in tables)
+    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not name.startswith(("wte", "wpe")))
 
 
 def bench_generation(name, device, config):
@@ -92,7 +89,7 @@ def bench_generation(name, device, config):
                      "ratio_to_naive": round(speed / rows[0]["tokens_per_second"], 2) if rows else 1.0,
                      "bandwidth_share": round(speed * bytes_per_token(model) / bandwidth, 3)})
         row = rows[-1]
-        tqdm.write(f"{name:<6}{device.type:<6}{mode:<8}{row['dtype']:<10}{speed:>9.1f} tokens/s"
+        print(f"{name:<6}{device.type:<6}{mode:<8}{row['dtype']:<10}{speed:>9.1f} tokens/s"
                    f"{row['ratio_to_naive']:>8.1f} x naive{row['bandwidth_share']:>8.0%} of memory bandwidth")
     return rows
 
@@ -117,8 +114,7 @@ def plot_bars(rows, path, title):
 
 def main(argv):
     config = data.configure(BenchConfig, data.parse_args(argv, __doc__, BenchConfig))
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    devices = [choose_device(d) for d in ([d for d in present if present[d]] if config.device == "all" else [config.device])]
+    devices = [choose_device(d) for d in (devices_present() if config.device == "all" else [config.device])]
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()

@@ -17,19 +17,21 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import threading
 import typing
 from array import array
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)     # seldom in a log file
 FORMAT_VERSION = 1      # of data/NAME/; raised when an older folder can no longer be read
 SPLITS = ("train", "val", "test")
 
@@ -94,7 +96,7 @@ def _convert(key, text, kind):
     if kind is bool:
         choices = ("True", "False")
     if choices:
-        text = text.capitalize() if kind is bool else text
+        text = text.capitalize() if text.capitalize() in choices else text     # true, false
         if text not in choices:
             raise UserError(f"--{key}={text}: must be one of {', '.join(choices)}")
         return text == "True" if kind is bool else text
@@ -120,13 +122,21 @@ def configure(cls, *layers):
 
 
 def run(main):
-    """main(arguments) as a program: Ctrl-C and a reader that went away (| head) end it without a traceback."""
+    """main(arguments) as a program. What is no mistake of the program's own ends it in one line: Ctrl-C, SIGTERM, a
+    reader that went away (| head), a file or disk that fails, too little memory."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # an exit like any other: temporary files are removed
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         os._exit(0)
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        sys.exit("error: out of memory: lower --batch_size, --block_size or --num_samples")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -149,7 +159,7 @@ def read_documents(path, quality="ALL"):
     stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
     text = io.TextIOWrapper(stream if path.suffix == ".zst" else file, encoding="utf-8-sig")
     pieces = iter(lambda: "".join(text.readlines(2000)), "") if path.suffix == ".txt" else text
-    with file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
+    with file, progress_bar(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
             for n, piece in enumerate(pieces, 1):
                 bar.update(file.tell() - bar.n)
@@ -172,7 +182,7 @@ def read_documents(path, quality="ALL"):
         raise UserError(f"{path} holds no document" + (f" of quality {quality}" if quality != "ALL" else ""))
 
 
-def reachable(url, seconds=6):
+def reachable(url, seconds=4):
     """True if any server answers at url within `seconds`. In a thread of its own, for a name lookup knows no
     time limit, and the clients below would retry for half a minute or wait for ever."""
     import requests
@@ -211,7 +221,7 @@ def fetch_plwiki(folder):
 # participle, past tense and numeral agrees, so that a model must learn endings and not a list of sentences.
 
 CASES = ("nom", "gen", "dat", "acc", "ins", "loc")      # the cases an article uses: all but the vocative
-# Genders: m, f, n; M for a man, whose accusative is his genitive; p for names that exist only in the plural.
+# Genders: m, f, n; M for a man or an animal, whose accusative is the genitive; p for names that exist only in the plural.
 ADJECTIVE = {"m": "y ego emu y ym ym", "M": "y ego emu ego ym ym", "f": "a ej ej ą ą ej", "n": "e ego emu e ym ym",
              "p": "e ych ym e ymi ych"}
 PAST = {"m": "", "M": "", "f": "a", "n": "o", "p": "y"}     # był, była, było, były
@@ -219,34 +229,29 @@ TREES = ("dęb lip buk sosn jodł grab klon jawor cis brzoz olch wierzb jesion k
          "jarzębin leszczyn orzech wiąz jałowc").split()
 STEMS = [tree.capitalize() for tree in TREES] + ("Jan Adam Piotr Bogdan Wilk Sokoł Kruk Orł Bobr Lis Tur Bor Gaj Rak "
          "Stanisław Bolesław Mirosław Stefan Roman Julian Dzik Piask Chmiel Rad Borzym Zdzisław Kasztel").split()
-# A table row is a gender and six cases; endings follow a stem, full words follow nothing.
-TOWNS = ("m ów owa owowi ów owem owie|m owiec owca owcowi owiec owcem owcu|f ówka ówki ówce ówkę ówką ówce|n owo owa "
-         "owu owo owem owie|p owice owic owicom owice owicami owicach|f owina owiny owinie owinę owiną owinie|"
-         "n owsko owska owsku owsko owskiem owsku")
-SITES = ("f góra góry górze górę górą górze|m las lasu lasowi las lasem lesie|m most mostu mostowi most mostem moście|"
-         "n pole pola polu pole polem polu|f dolina doliny dolinie dolinę doliną dolinie|m brzeg brzegu brzegowi brzeg "
-         "brzegiem brzegu|m dwór dworu dworowi dwór dworem dworze|p łąki łąk łąkom łąki łąkami łąkach")
-RIVERS = ("f ówka ówki ówce ówkę ówką ówce|f ownica ownicy ownicy ownicę ownicą ownicy|f owianka owianki owiance "
-          "owiankę owianką owiance")
-LANDS = "f owszczyzna owszczyzny owszczyźnie owszczyznę owszczyzną owszczyźnie"
-BUILDINGS = ("m zamek zamku zamkowi zamek zamkiem zamku|m kościół kościoła kościołowi kościół kościołem kościele|m młyn "
-             "młyna młynowi młyn młynem młynie|f wieża wieży wieży wieżę wieżą wieży|m ratusz ratusza ratuszowi ratusz "
-             "ratuszem ratuszu|n muzeum muzeum muzeum muzeum muzeum muzeum|f biblioteka biblioteki bibliotece "
-             "bibliotekę biblioteką bibliotece|p mury murów murom mury murami murach|n schronisko schroniska "
-             "schronisku schronisko schroniskiem schronisku|f latarnia latarni latarni latarnię latarnią latarni|"
-             "f szkoła szkoły szkole szkołę szkołą szkole|m pałac pałacu pałacowi pałac pałacem pałacu")
-PLANTS = ("f mięta mięty mięcie miętę miętą mięcie|f róża róży róży różę różą róży|f koniczyna koniczyny koniczynie "
-          "koniczynę koniczyną koniczynie|f turzyca turzycy turzycy turzycę turzycą turzycy|m dzwonek dzwonka "
-          "dzwonkowi dzwonek dzwonkiem dzwonku|m mak maku makowi mak makiem maku|m fiołek fiołka fiołkowi fiołek "
-          "fiołkiem fiołku|m powój powoju powojowi powój powojem powoju|n proso prosa prosu proso prosem prosie|"
-          "n ziele ziela zielu ziele zielem zielu")
-BIRDS = ("f sikora sikory sikorze sikorę sikorą sikorze|f mewa mewy mewie mewę mewą mewie|f kaczka kaczki kaczce kaczkę "
-         "kaczką kaczce|f czapla czapli czapli czaplę czaplą czapli|f sowa sowy sowie sowę sową sowie|f jaskółka "
-         "jaskółki jaskółce jaskółkę jaskółką jaskółce|M drozd drozda drozdowi drozda drozdem droździe|M orzeł orła "
-         "orłowi orła orłem orle|M bocian bociana bocianowi bociana bocianem bocianie")
-EVENTS = ("f bitwa bitwy bitwie bitwę bitwą bitwie|p targi targów targom targi targami targach|m festyn festynu "
-          "festynowi festyn festynem festynie|m zjazd zjazdu zjazdowi zjazd zjazdem zjeździe|f wystawa wystawy "
-          "wystawie wystawę wystawą wystawie|n święto święta świętu święto świętem święcie")
+# A row is a gender, a stem and the endings of six cases; "-" is no ending, and "+" a stem that is filled in.
+TOWNS = ("m + ów owa owowi ów owem owie|m + owiec owca owcowi owiec owcem owcu|"
+         "f + ówka ówki ówce ówkę ówką ówce|n + owo owa owu owo owem owie|"
+         "p + owice owic owicom owice owicami owicach|f + owina owiny owinie owinę owiną owinie|"
+         "n + owsko owska owsku owsko owskiem owsku")
+SITES = ("f gór a y ze ę ą ze|m l as asu asowi as asem esie|m mo st stu stowi st stem ście|"
+         "n pol e a u e em u|f dolin a y ie ę ą ie|m brzeg - u owi - iem u|m dw ór oru orowi ór orem orze|"
+         "p łąk i - om i ami ach")
+RIVERS = ("f + ówka ówki ówce ówkę ówką ówce|f + ownica ownicy ownicy ownicę ownicą ownicy|"
+          "f + owianka owianki owiance owiankę owianką owiance")
+LANDS = "f + owszczyzna owszczyzny owszczyźnie owszczyznę owszczyzną owszczyźnie"
+BUILDINGS = ("m zam ek ku kowi ek kiem ku|m kości ół oła ołowi ół ołem ele|m młyn - a owi - em ie|"
+             "f wież a y y ę ą y|m ratusz - a owi - em u|n muzeum - - - - - -|f bibliote ka ki ce kę ką ce|"
+             "p mur y ów om y ami ach|n schronisk o a u o iem u|f latarni a - - ę ą -|f szko ła ły le łę łą le|"
+             "m pałac - u owi - em u")
+PLANTS = ("f mię ta ty cie tę tą cie|f róż a y y ę ą y|f koniczyn a y ie ę ą ie|f turzyc a y y ę ą y|"
+          "m dzwon ek ka kowi ek kiem ku|m mak - u owi - iem u|m fioł ek ka kowi ek kiem ku|"
+          "m pow ój oju ojowi ój ojem oju|n pros o a u o em ie|n ziel e a u e em u")
+BIRDS = ("f sikor a y ze ę ą ze|f mew a y ie ę ą ie|f kacz ka ki ce kę ką ce|f czapl a i i ę ą i|"
+         "f sow a y ie ę ą ie|f jaskół ka ki ce kę ką ce|M dro zd zda zdowi zda zdem ździe|"
+         "M or zeł ła łowi ła łem le|M bocian - a owi a em ie")
+EVENTS = ("f bitw a y ie ę ą ie|p targ i ów om i ami ach|m festyn - u owi - em ie|"
+          "m zj azd azdu azdowi azd azdem eździe|f wystaw a y ie ę ą ie|n świę to ta tu to tem cie")
 PLACES = "n miasto|f wieś|f osada|n miasteczko|m gród|f osada rybacka|f wieś letniskowa|n miasto portowe|n uzdrowisko"
 PRAISE = "piękn star mał spokojn zielon słynn bogat cich urocz zadban zamożn gościnn malownicz wielk".split()
 KINDS = ("leśn poln górsk błotn wodn pospolit drobn wonn czerwon biał żółt złot nadmorsk łąkow karpack mazursk dzik czarn "
@@ -285,10 +290,14 @@ class Word:
         return Word(self.gender, (stem + soft.get(e[0], e[0]) + e[1:] for e in ADJECTIVE[self.gender].split()))
 
 
+def is_few(n):
+    """2, 3, 4, 22, ... take the plural; 5, 12, 25, ... the genitive plural and a singular verb."""
+    return n % 10 in (2, 3, 4) and n % 100 not in (12, 13, 14)
+
+
 def count(n, one, few, many):
-    """Polish numerals: 1 rok, 2-4 lata (but 12-14 lat), 5 lat."""
-    form = one if n == 1 else few if n % 10 in (2, 3, 4) and n % 100 not in (12, 13, 14) else many
-    return f"{n:,} {form}".replace(",", " ")
+    """Polish numerals: 1 rok, 2 lata, 5 lat."""
+    return f"{n:,} {one if n == 1 else few if is_few(n) else many}".replace(",", " ")
 
 
 def z(phrase):
@@ -301,9 +310,9 @@ def write_mini(seed, n_docs=30_000):
     rng = random.Random(seed)
     pick = rng.choice
 
-    def noun(table, stem=""):
-        gender, *endings = pick(table.split("|")).split()
-        return Word(gender, (stem + e for e in endings))
+    def noun(table, filled=""):
+        gender, stem, *endings = pick(table.split("|")).split()
+        return Word(gender, (stem.replace("+", filled) + e.strip("-") for e in endings))
 
     def town():
         if rng.random() < 0.2:          # Dębowa Góra
@@ -352,9 +361,8 @@ def write_mini(seed, n_docs=30_000):
     # An article is a list of slots; each slot offers a few sentences, of which one is taken.
     def about_town():
         t, x, y, who, b, n = town(), town(), town(), person(), building(), rng.randint(2, 90000)
-        verb = "mieszkały" if n % 10 in (2, 3, 4) and n % 100 not in (12, 13, 14) else "mieszkało"
         return [[f"{t} to {what(PLACES)} {region()}.", f"{t} – {what(PLACES)} nad {river():ins}."],
-                [f"W {year()} {verb} tam {count(n, 'osoba', 'osoby', 'osób')}.",
+                [f"W {year()} {'mieszkały' if is_few(n) else 'mieszkało'} tam {count(n, 'osoba', 'osoby', 'osób')}.",
                  f"{t} {t.verb('liczy', 'liczą')} {count(n, 'dom', 'domy', 'domów')}."],
                 [f"Pierwsza wzmianka o {t:loc} pochodzi z {year()}.",
                  f"{t} {t.past('otrzymał')} prawa miejskie w {year()}.",
@@ -397,13 +405,14 @@ def write_mini(seed, n_docs=30_000):
                 [f"W dolinie {r:gen} można spotkać {species():acc}.", f"Most na {r:loc} zbudowano w {year()}."]]
 
     def about_species():
-        s, who, n, t = species(), person(), rng.randint(2, 90), town()
+        table = pick([PLANTS, BIRDS])
+        s, other, who, n, t = species(table), species(table), person(), rng.randint(2, 90), town()
         return [[f"{s} to gatunek, który {who.past('opisał')} {who}.", f"{s} występuje nad {river():ins}."],
-                [f"W {year()} naliczono tam {count(n, 'okaz', 'okazy', 'okazów')}."],
+                [f"W {year()} naliczono w {t:loc} {count(n, 'okaz', 'okazy', 'okazów')}."],
                 [f"Pierwszy opis {s:gen} powstał w {t:loc}.", f"O {s:loc} opowiada się w {t:loc} wiele legend.",
                  f"{s} {s.past('został')} {s.adjective('objęt')} ochroną w {year()}."],
-                [f"W herbie {t:gen} można zobaczyć {s:acc}.", f"Łatwo pomylić {s:acc} {z(f'{species():ins}')}.",
-                 f"{s} jest {s.adjective('podobn')} do {species():gen}."]]
+                [f"W herbie {t:gen} można zobaczyć {s:acc}.", f"Łatwo pomylić {s:acc} {z(f'{other:ins}')}.",
+                 f"{s} jest {s.adjective('podobn')} do {other:gen}."]]
 
     def about_building():
         b, t, who = building(), town(), person()
@@ -411,8 +420,8 @@ def write_mini(seed, n_docs=30_000):
                  f"{b} w {t:loc} {b.past('został')} {b.adjective('zbudowan')} w {year()}."],
                 [f"Pieniądze na {b:acc} {who.past('dał')} {who}.", f"Plany {b:gen} {who.past('narysował')} {who}."],
                 [f"Obok {b:gen} rośnie {species(PLANTS)}.", f"Przed {b:ins} gniazduje {species(BIRDS)}."],
-                [f"O {b:loc} wspomina list {z(f'{town():gen}')}.", f"Dzięki {b:dat} {t} {t.past('stał')} się sławne."
-                 if t.gender == "n" else f"Wielu turystów podziwia {b:acc}."]]
+                [f"O {b:loc} wspomina list {z(f'{town():gen}')}.", f"Dzięki {b:dat} {t} {t.past('stał')} się {t.adjective('sławn')}.",
+                 f"Wielu turystów podziwia {b:acc}."]]
 
     def about_event():
         e, t, who, n = noun(EVENTS), town(), person(), rng.randint(2, 9000)
@@ -464,7 +473,8 @@ def train_tokenizer(texts, vocab_size):
                 return
 
     draft = tokenizer({}, [])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(first), min_frequency=2, limit_alphabet=1000)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(first), min_frequency=2,
+                                  limit_alphabet=min(1000, vocab_size - len(first)))
     draft.train_from_iterator(sample(), trainer)
     learned = json.loads(draft.to_str())["model"]
     by_id = sorted(learned["vocab"], key=learned["vocab"].get)
@@ -547,6 +557,8 @@ def prepare(config):
     """Write data/NAME/ as the DataConfig says. It appears whole or not at all; an older one is replaced."""
     target = dataset_folder(config.dataset)
     source, trained = config.source, config.tokenizer == "train"
+    if target.exists() and (not (target / "meta.json").is_file() or target.resolve() in Path(source).resolve().parents):
+        raise UserError(f"{target} holds files of yours, and would be replaced: choose another --dataset name")
     if not source and config.dataset not in PRESETS:
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
     tok = None if trained else load_tokenizer(config.tokenizer)     # fails in seconds, before any download

@@ -87,6 +87,23 @@ class Scan(torch.autograd.Function):
         return d, dw_hh, dh, dc.to(c.dtype)
 
 
+def manual_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
+    """One layer over T steps, by hand: x (T, B, n_input), h and c (B, H) -> y (T, B, H) and the last h and c."""
+    xg = F.linear(x, weight_ih, bias_ih + bias_hh)                      # all T steps in one matmul
+    y, c = Scan.apply(xg, weight_hh.to(xg.dtype), h.to(xg.dtype), c)
+    return y, y[-1], c
+
+
+def cudnn_recurrence(x, h, c, *weights):
+    """The same as manual_recurrence, in one call of NVIDIA's kernel (Appleyard et al. 2016)."""
+    # autocast would run it in float16 even where bfloat16 was asked for: cast here instead
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    x, h, cell, *weights = (t.to(dtype) for t in (x, h[None], c[None], *weights))
+    with torch.autocast("cuda", enabled=False):
+        y, h, cell = torch.lstm(x, (h, cell), weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+    return y, h[0], cell[0].to(c.dtype)
+
+
 class Block(nn.Module):
     """One LSTM layer, with nn.LSTM's parameters (names, shapes, gate order, start values) and equations."""
 
@@ -101,15 +118,10 @@ class Block(nn.Module):
 
     def forward(self, x, h, c):
         """x (T, B, n_input), state h and c (B, H) -> y (T, B, H) and the new h and c."""
-        if self.cudnn and x.is_cuda and len(x) > 1:
-            weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
-            y, h, c = torch.lstm(x, (h[None], c[None].to(h.dtype)), weights, True, 1, 0.0, self.training,
-                                 False, False)
-            h, c = h[0], c[0]
-        else:
-            xg = F.linear(x, self.weight_ih, self.bias_ih + self.bias_hh)   # all T steps in one matmul
-            y, c = Scan.apply(xg, self.weight_hh.to(xg.dtype), h.to(xg.dtype), c)
-            h = y[-1]
+        # one token costs cuDNN more in packing its weights than in arithmetic; before 9.13 it had no bfloat16
+        fast = self.cudnn and x.is_cuda and len(x) > 1 and torch.backends.cudnn.version() >= 91300
+        recurrence = cudnn_recurrence if fast else manual_recurrence
+        y, h, c = recurrence(x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         y = F.dropout(y, self.dropout, self.training)
         # The identity lets the gradient reach every layer: without it, it must pass through the gates of
         # all layers above, and ten layers learn little more than word frequencies (He et al. 2015).

@@ -46,13 +46,16 @@ class SampleConfig:
                 raise ValueError(f"{key} must be at least 1")
         if not 0 < self.top_p <= 1:
             raise ValueError("top_p must be above 0 and at most 1")
+        if max(self.max_new_tokens, self.num_samples) > 10 ** 6:
+            raise ValueError("max_new_tokens and num_samples must be at most a million")
+        self.prompt = self.prompt.encode("utf-8", "replace").decode()      # a terminal can pass half a character
         if not self.prompt.strip():
             raise ValueError("the prompt is empty: give a word to begin with, --prompt='Dawno temu'")
 
 
 def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw the next token: logits (B, V) -> ids (B,). Never waits for the device."""
-    if temperature == 0:
+    if temperature < 1e-4:      # 0, and what would overflow the division: greedy
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
     if top_k:
@@ -85,7 +88,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
             # The GPT's positions are used up. Sliding the window by one would change the position of every
             # token in it, so the whole cache would have to be computed again for each new token. Keeping the
             # newest half costs one such pass every block_size / 2 tokens. The LSTM never comes here.
-            first, state = t - model.window // 2, None
+            first, state = t - max(1, model.window // 2), None
         if not cached:
             logits = model(tokens[:, first:t])[0][:, -1]
         elif state is None:
@@ -107,30 +110,28 @@ class TextStream:
     def _decode(self):
         return self.tok.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def push(self, token, last=False):
+    def push(self, token):
+        """The text that token adds, or "" while a character is incomplete."""
         self.ids.append(token)
+        return "" if self._decode().endswith("\ufffd") else self.flush()
+
+    def flush(self):
+        """The text not shown so far, whole characters or not."""
         text = self._decode()
-        if text.endswith("\ufffd") and not last:
-            return ""
         piece, self.shown = text[len(self.shown):], text
         if len(self.ids) > 64:      # a few tokens of context are enough, and keep this cheap in a long text
-            self.ids = self.ids[-8:]
-            self.shown = self._decode()
+            tail = TextStream(self.tok, self.ids[-8:])
+            if not tail.shown.startswith("\ufffd"):        # not cut within a character
+                self.ids, self.shown = tail.ids, tail.shown
         return piece
 
 
-def continue_prompt(model, tok, prompt, config, device, on_token=None):
-    """Generate config.num_samples continuations of prompt as one batch.
+def continue_prompt(model, tok, ids, config, device, on_token=None):
+    """Generate config.num_samples continuations of the prompt ids as one batch.
 
-    Returns a list of token id lists, each <s>, prompt, continuation up to </s>, and tokens per second over all of
-    them, the prompt's pass included. on_token(id) is called for each token of a single sample as it comes.
+    Returns a list of token id lists, each the prompt and its continuation up to </s>, and tokens per second over all
+    of them, the prompt's pass included. on_token(id) is called for each token of a single sample as it comes.
     """
-    ids = [tok.bos_token_id, *data.encode(tok, [prompt.encode("utf-8", "replace").decode()])[0]]
-    context = model.config.block_size
-    if len(ids) > context:
-        print(f"the prompt is {len(ids)} tokens long: the newest {context}, all that the model sees, are kept",
-              file=sys.stderr)
-        ids = ids[-context:]
     idx = torch.tensor([ids] * config.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     start, rows = time.perf_counter(), []
@@ -148,36 +149,54 @@ def continue_prompt(model, tok, prompt, config, device, on_token=None):
     return [ids + row[:end] for row, end in zip(new, ends)], speed
 
 
-def newest_checkpoint(config):
-    """Fill in model and out_dir where they were left open. Raises UserError when there is no checkpoint at all."""
-    candidates = [(Path(config.out_dir or MODELS[m][2]) / "ckpt.pt", m) for m in MODELS if config.model in ("auto", m)]
-    path, model = max(candidates, key=lambda c: c[0].stat().st_mtime if c[0].is_file() else 0)
-    return load_checkpoint(path), path.parent
+def encode_prompt(tok, prompt, context):
+    """<s> and the prompt as ids, the newest `context` of them: neither model was trained on more."""
+    ids = [tok.bos_token_id, *data.encode(tok, [prompt])[0]]
+    if len(ids) > context:
+        print(f"the prompt is {len(ids)} tokens long: the newest {context}, the models' context, are kept", file=sys.stderr)
+    return ids[-context:]
+
+
+def open_run(config):
+    """-> the checkpoint that config means, its folder, and the tokenizer it was trained with. Raises UserError."""
+    models = MODELS if config.model == "auto" else [config.model]
+    folders = [Path(config.out_dir or MODELS[m][2]) for m in models]
+    out_dir = max(folders, key=lambda f: (f / "ckpt.pt").stat().st_mtime if (f / "ckpt.pt").is_file() else 0)
+    checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+    name, dataset = checkpoint["config"]["model"], checkpoint["config"]["dataset"]
+    if config.model not in ("auto", name):
+        raise UserError(f"{out_dir}/ckpt.pt holds a {name}, not a {config.model}: leave --model out")
+    folder = data.dataset_folder(dataset)
+    try:
+        now = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["splits"]["train"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        now = None
+    if now != checkpoint["data_sha256"] or not (folder / "tokenizer").is_dir():
+        raise UserError(f"{folder} is missing or not the one that {out_dir}/ckpt.pt was trained on: its tokenizer is needed")
+    return checkpoint, out_dir, data.load_tokenizer(str(folder / "tokenizer"))
 
 
 def main(argv):
     config = data.configure(SampleConfig, data.parse_args(argv, __doc__, SampleConfig))
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    checkpoint, out_dir = newest_checkpoint(config)
+    checkpoint, out_dir, tok = open_run(config)
     name, dataset = checkpoint["config"]["model"], checkpoint["config"]["dataset"]
-    if config.model not in ("auto", name):
-        raise UserError(f"{out_dir}/ckpt.pt holds a {name}, not a {config.model}: leave --model out")
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
     dtype, _ = choose_dtype(config.dtype, device)
-    tok = data.load_tokenizer(str(data.dataset_folder(dataset) / "tokenizer"))
     model = build_model(checkpoint).to(device, dtype)
 
     if not config.grid:
+        ids = encode_prompt(tok, config.prompt, model.config.block_size)
         if config.num_samples == 1:
+            stream = TextStream(tok, ids)
             print(config.prompt, end="", flush=True)
-            stream = TextStream(tok, [tok.bos_token_id, *data.encode(tok, [config.prompt])[0]])
-            rows, speed = continue_prompt(model, tok, config.prompt, config, device,
-                                          lambda token: print(stream.push(token), end="", flush=True))
-            print()
+            _, speed = continue_prompt(model, tok, ids, config, device,
+                                       lambda token: print(stream.push(token), end="", flush=True))
+            print(stream.flush())
         else:
-            rows, speed = continue_prompt(model, tok, config.prompt, config, device)
+            rows, speed = continue_prompt(model, tok, ids, config, device)
             for i, row in enumerate(rows, 1):
                 print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
         print(f"[{name}, {dataset}, {speed:.1f} tokens/s, {device_name(device)}, {str(dtype).removeprefix('torch.')}]")
@@ -187,7 +206,7 @@ def main(argv):
     for prompt in GRID_PROMPTS:
         for temperature in GRID_TEMPERATURES:
             config.temperature = temperature
-            rows, speed = continue_prompt(model, tok, prompt, config, device)
+            rows, speed = continue_prompt(model, tok, encode_prompt(tok, prompt, model.config.block_size), config, device)
             for row in rows:
                 results.append({"prompt": prompt, "temperature": temperature, "text": tok.decode(row),
                                 "new_tokens_per_second": round(speed, 1)})

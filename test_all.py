@@ -241,6 +241,33 @@ def test_bfloat16_stays_close_to_float32(name):
 
 
 @BOTH
+def test_compiled_equals_eager(name):
+    """Through torch.compile's tracing, without its code generator, which needs a compiler on the machine."""
+    model, idx = make(name), tokens(2, 17)
+    compiled = torch.compile(model, backend="aot_eager")
+    losses = [m(idx[:, :-1], idx[:, 1:])[1] for m in (model, compiled)]
+    grads = [torch.autograd.grad(loss, model.lm_head.weight)[0] for loss in losses]
+    assert torch.allclose(*losses) and torch.allclose(*grads, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cudnn_equals_the_scan(dtype):
+    """The two recurrences on a GPU, forward and backward, under autocast as train.py runs them."""
+    torch.backends.cudnn.allow_tf32 = False
+    losses, grads = [], []
+    for cudnn in (True, False):
+        model, idx = make("lstm", cudnn=cudnn).cuda(), tokens(4, 17).cuda()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            losses.append(model(idx[:, :-1], idx[:, 1:])[1])
+        grads.append(torch.autograd.grad(losses[-1], list(model.parameters())))
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    assert torch.allclose(*losses, atol=tolerance)
+    for a, b in zip(*grads):
+        assert (a - b).norm() <= tolerance * (1 + a.norm())
+
+
+@BOTH
 def test_overfits_a_tiny_batch(name):
     model, idx = make(name).train(), tokens(2, 17)
     for p in model.parameters():
@@ -320,11 +347,11 @@ def test_temperature_zero_is_greedy_and_top_k_top_p_cut():
 def test_streamed_text_never_breaks_a_character(work):
     tok = data.load_tokenizer(str(work / "data/tiny/tokenizer"))
     text = "Zażółć gęślą jaźń 🦊🇵🇱 — ☃ " * 9 + "🦊"
-    ids = data.encode(tok, [text])[0]
-    stream = sample.TextStream(tok, [tok.bos_token_id])
-    pieces = [stream.push(i) for i in ids]
-    assert "".join(pieces) == text and not any("\ufffd" in p for p in pieces)
-    assert len([p for p in pieces if p]) > 50       # it did come in pieces
+    for text in (text, "日本語" * 60, "koniec \ufffd"):
+        stream = sample.TextStream(tok, [tok.bos_token_id])
+        pieces = [stream.push(i) for i in data.encode(tok, [text])[0]]
+        assert "".join(pieces) + stream.flush() == text and not any("\ufffd" in p for p in pieces)
+        assert len([p for p in pieces if p]) > 0.1 * len(text)      # it did come in pieces
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -453,7 +480,7 @@ def test_unreachable_hub_and_speakleash_are_told_in_one_line_in_time(work, tmp_p
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         start = time.time()
         line = refused(command("data.py", cwd=tmp_path, env={"HF_ENDPOINT": url, "HF_HOME": str(tmp_path)}))
-        assert time.time() - start < 15 and "--tokenizer=" in line and "mini" in line       # imports included
+        assert time.time() - start < 20 and "--tokenizer=" in line and "mini" in line       # 10 s, and as much again on a busy machine
         start = time.time()
         assert not data.reachable(url) and time.time() - start < 10
     with pytest.MonkeyPatch.context() as patch:
@@ -555,6 +582,10 @@ def test_damaged_data_folders_are_refused(damage, work, tmp_path, monkeypatch):
     ("train.py", ["--dataset=tiny", "--dtype=int7"], "must be one of"),
     ("train.py", ["--dataset=tiny", "--init_from=resume", "--out_dir=empty"], "no checkpoint"),
     ("train.py", ["--dataset=tiny", "--init_from=resume", "--batch_size=9"], "has --batch_size=8, not 9"),
+    ("train.py", ["--init_from=resume", "--out_dir=outputs/transformer", "--model=lstm", "--n_hidden=5"], "has --model=gpt"),
+    ("train.py", ["--init_from=resume", "--out_dir=outputs/rnn", "--n_head=5"], "unknown key --n_head"),
+    ("train.py", ["--dataset=tiny", "--learning_rate=1e-5"], "min_lr 5e-05 is above"),
+    ("sample.py", ["--num_samples=10000000"], "at most a million"),
     ("train.py", ["batch_size=3"], "--key=value"),
     ("train.py", ["--batch_size"], "--key=value"),
     ("sample.py", ["--prompt="], "prompt is empty"),
@@ -665,11 +696,11 @@ def test_recipes_set_what_they_say(here):
 
 
 def test_gradient_clipping_bounds_the_step(here):
-    """With plain clipping to almost nothing, Adam's first step is the same, but a second, larger gradient is tamed."""
+    """Gradients clipped to 1e-9 vanish beside Adam's eps of 1e-8, so the model hardly moves."""
     free = run_tiny("gpt", "out/clip", "--max_iters=8", "--learning_rate=0.05")
     clipped = run_tiny("gpt", "out/clip", "--max_iters=8", "--learning_rate=0.05", "--grad_clip=1e-9")
     assert clipped["test_loss"] != free["test_loss"]
-    assert abs(clipped["test_loss"] - np.log(512)) < 0.2    # gradients of 1e-9 vanish beside Adam's eps
+    assert abs(clipped["test_loss"] - np.log(512)) < 0.2
 
 
 @BOTH
@@ -717,6 +748,13 @@ def test_sigterm_finishes_the_step_saves_and_scores(here):
     assert process.returncode == 0, output
     assert Path("out/term/results.json").exists() and "Traceback" not in output
     assert torch.load("out/term/last.pt", weights_only=True)["step"] == json.loads(Path("out/term/results.json").read_text())["steps"]
+
+
+def test_a_new_run_sets_the_last_ones_checkpoints_aside(here):
+    run_tiny("gpt", "out/again", "--max_iters=1")
+    first = Path("out/again/ckpt.pt").read_bytes()
+    run_tiny("gpt", "out/again", "--max_iters=1", "--seed=5")
+    assert Path("out/again/previous-ckpt.pt").read_bytes() == first != Path("out/again/ckpt.pt").read_bytes()
 
 
 def test_time_budget_ends_a_run(here):
@@ -771,38 +809,89 @@ def test_an_offline_wandb_run_leaves_a_readable_file(here, monkeypatch):
     assert "run" in kinds and logged.count("val_loss") == 2
 
 
-def test_a_broken_wandb_never_stops_a_run(here, monkeypatch, capsys):
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_broken_wandb_never_stops_a_run(broken, here, monkeypatch, capsys):
     import wandb
-    monkeypatch.setattr(wandb, "init", lambda **kwargs: 1 / 0)
+
+    class Run:
+        id = "x"
+
+        def fail(self, *args, **kwargs):
+            raise ConnectionResetError("the line is dead")
+
+        log = fail if broken == "log" else lambda self, *args, **kwargs: None
+        finish = fail if broken == "finish" else lambda self: None
+
+    monkeypatch.setattr(wandb, "init", Run().fail if broken == "init" else lambda **kwargs: Run())
     assert run_tiny("gpt", "out/nowandb", "--max_iters=1", "--wandb_log=True")["steps"] == 1
-    assert "wandb is off for this run" in capsys.readouterr().out
+    assert "wandb failed, the run goes on: the line is dead" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty", "foreign", "version"])
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign", "version", "model", "size", "field", "weight", "code"])
 def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
-    raw = Path("outputs/transformer/ckpt.pt").read_bytes()
-    path = tmp_path / "ckpt.pt"
-    if damage == "foreign":
-        torch.save({"model": {}}, path)
-    elif damage == "version":
-        torch.save({"format_version": 99}, path)
+    path, source = tmp_path / "ckpt.pt", Path("outputs/transformer/ckpt.pt")
+    checkpoint = torch.load(source, weights_only=True)
+    if damage in ("cut", "text", "empty"):
+        raw = source.read_bytes()
+        path.write_bytes({"cut": raw[:len(raw) // 2], "text": b"ala ma kota", "empty": b""}[damage])
+    elif damage == "code":
+        torch.save({"format_version": 1, "model": os.system}, path)
     else:
-        path.write_bytes({"cut": raw[:len(raw) // 2], "flip": b"PK" + raw[:100], "text": b"ala ma kota", "empty": b""}[damage])
-    with pytest.raises(UserError, match="damaged|format 99"):
+        checkpoint.update({"foreign": {"config": None}, "version": {"format_version": 99}}.get(damage, {}))
+        if damage == "model":
+            checkpoint["config"]["model"] = "rnn"
+        elif damage == "size":
+            checkpoint["model_config"]["n_layer"] = 50
+        elif damage == "field":
+            checkpoint["model_config"]["n_head"] = "four"
+        elif damage == "weight":
+            checkpoint["model"].popitem()
+        torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="is damaged or not a checkpoint"):
         train.load_checkpoint(path)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
+    """A full disk, played by a limit on the size of a file: what torch.save meets then is not an OSError."""
+    import resource
+    path = tmp_path / "a.pt"
     path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for size, write in ((10, lambda p: p.write_text("new" * 100)), (10_000, lambda p: torch.save(torch.zeros(10 ** 6), p))):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            with pytest.raises(UserError, match="cannot write .*a.pt"):
+                train.write_whole(path, write)
+            assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
-    def full_disk(scratch):
-        scratch.write_text("ne")
-        raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="No space left"):
-        train.write_whole(path, full_disk)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+def test_preparing_never_removes_foreign_files(work, tmp_path, monkeypatch):
+    import shutil
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/mine").mkdir(parents=True)
+    shutil.copy(work / "tiny.jsonl", tmp_path / "data/mine/tiny.jsonl")
+    keys = ["--dataset=mine", "--source=data/mine/tiny.jsonl", "--tokenizer=train", "--vocab_size=512"]
+    for _ in range(2):      # the second time the folder looks prepared, but holds the source
+        with pytest.raises(UserError, match="holds files of yours"):
+            data.main(keys)
+        assert (tmp_path / "data/mine/tiny.jsonl").exists()
+        shutil.copy(work / "data/tiny/meta.json", tmp_path / "data/mine/meta.json")
+
+
+def test_sampling_refuses_a_dataset_prepared_anew(work, tmp_path, monkeypatch):
+    import shutil
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(work / "outputs", "outputs")
+    shutil.copytree(work / "data/tiny", "data/tiny")
+    meta = json.loads(Path("data/tiny/meta.json").read_text())
+    meta["splits"]["train"]["sha256"] = "0" * 64
+    Path("data/tiny/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="not the one that"):
+        sample.main(["--model=gpt"])
 
 
 # ---------------------------------------------------------------------------------------------- as a user types it
@@ -810,7 +899,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 def test_train_without_data_makes_mini_and_says_so(tmp_path):
     result = command("train.py", "--max_iters=2", "--eval_iters=1", "--batch_size=4", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "nothing is prepared" in result.stdout and (tmp_path / "outputs/transformer/results.json").exists()
+    assert "data/plwiki is not prepared" in result.stdout and (tmp_path / "outputs/transformer/results.json").exists()
     assert json.loads((tmp_path / "data/mini/meta.json").read_text())["vocab_size"] == 2048
 
 
@@ -843,7 +932,6 @@ def test_sample_takes_the_newest_checkpoint(here, capsys):
 
 def test_bench_measures_and_writes(tmp_path, monkeypatch, capsys):
     """The real loop on small stand-ins: the full sizes take minutes."""
-    monkeypatch.setattr(train, "MODELS", train.MODELS)
     small = {"gpt": functools.partial(GPTConfig, n_layer=2, n_embd=48), "lstm": functools.partial(LSTMConfig, n_layer=2, n_hidden=48)}
     monkeypatch.setattr(bench, "MODELS", {k: (m, small[k], d) for k, (m, _, d) in train.MODELS.items()})
     bench.main(["--device=cpu", "--new_tokens=40", "--repeats=2", f"--out_dir={tmp_path}"])

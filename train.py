@@ -25,10 +25,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
-from data import UserError
+from data import UserError, progress_bar
 from model_gpt import GPT, GPTConfig
 from model_lstm import LSTM, LSTMConfig
 
@@ -79,6 +78,8 @@ class TrainConfig:
         for key in ("beta1", "beta2"):
             if getattr(self, key) >= 1:
                 raise ValueError(f"{key} must be below 1")
+        if self.schedule == "cosine" and self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}: lower it too")
         if not (self.max_minutes or self.max_iters):
             raise ValueError("max_minutes 0 needs max_iters")
 
@@ -99,7 +100,7 @@ RECIPES = {"tuned": {}, "report": {
 MINI = {"block_size": 128, "max_iters": 500, "learning_rate": 2e-3, "min_lr": 2e-4, "warmup": 50,
         "n_layer": 4, "n_head": 4, "n_embd": 128, "n_hidden": 192}
 
-# Keys that a resumed run may change; any other would make it another run.
+# Keys that a resumed run may change. Some of them bend the rest of its curve; any other would make it another run.
 MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup", "eval_interval",
               "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "device"}
 
@@ -107,12 +108,17 @@ MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_minutes", "learning_rate
 # ----------------------------------------------------------------------------------------------------------
 # Choosing the machine, for train.py, sample.py and bench.py
 
+def devices_present():
+    """Of cuda, mps and cpu those that are here, the fastest first."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name in present if present[name]]
+
+
 def choose_device(name="auto"):
     """"auto", "cuda", "mps" or "cpu" -> torch.device. Raises UserError when it is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind in present if present[kind])
-    if not present[name]:
+        name = devices_present()[0]
+    if name not in devices_present():
         raise UserError(f"--device={name}: there is none here; use --device=cpu")
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
 
@@ -159,9 +165,10 @@ def write_whole(path, write):
         with open(scratch, "rb") as file:
             os.fsync(file.fileno())
         os.replace(scratch, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:    # torch.save on a full disk: RuntimeError
         scratch.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}. What was there before is whole") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot write {path} ({reason}); what was there before is whole") from None
 
 
 def load_checkpoint(path):
@@ -172,12 +179,16 @@ def load_checkpoint(path):
     try:
         # weights_only: a checkpoint from a stranger must not run code
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        version = checkpoint["format_version"]
-    except Exception as error:      # a damaged file can raise anything
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        if checkpoint["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format {checkpoint['format_version']}, this code reads {FORMAT_VERSION}")
+        model_class, config_class, _ = MODELS[checkpoint["config"]["model"]]
+        with torch.device("meta"):      # shapes only: nothing is allocated for a file that does not fit together
+            shapes = model_class(config_class(**checkpoint["model_config"])).state_dict()
+        if {k: v.shape for k, v in shapes.items()} != {k: v.shape for k, v in checkpoint["model"].items()}:
+            raise ValueError("its weights are not those of its configuration")
+    except Exception as error:          # a damaged file can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{path} is damaged or not a checkpoint of this project ({reason})") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format {version}, this code reads {FORMAT_VERSION}: train again")
     return checkpoint
 
 
@@ -243,6 +254,11 @@ def learning_rate_at(config, step, minutes):
     return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
+def perplexity(loss):
+    """The number of equally likely tokens that would be as hard to guess; capped, for a diverged loss can be 1000."""
+    return math.exp(min(loss, 100.0))
+
+
 @torch.no_grad()
 def evaluate(model, tokens, windows, batch_size, autocast, device, world, progress=False):
     """Mean loss, in nats per token, over the given windows of a split; each process takes its share."""
@@ -251,11 +267,11 @@ def evaluate(model, tokens, windows, batch_size, autocast, device, world, progre
     block_size = model.config.block_size
     total = torch.zeros(2, dtype=torch.float64)         # summed loss, windows
     mine = windows[rank::world_size]
-    for i in tqdm(range(0, len(mine), batch_size), desc="test", leave=False, disable=not progress):
+    for i in progress_bar(range(0, len(mine), batch_size), desc="test", disable=not progress):
         idx, targets = data.get_batch(tokens, mine[i:i + batch_size], block_size, device)
         with autocast:
             loss = model(idx, targets)[1]
-        total += torch.tensor([loss.item() * len(idx), len(idx)])
+        total += torch.tensor([loss.item() * len(idx), len(idx)], dtype=torch.float64)
     if world_size > 1:
         total = total.to(device) if device.type == "cuda" else total
         dist.all_reduce(total)
@@ -263,34 +279,35 @@ def evaluate(model, tokens, windows, batch_size, autocast, device, world, progre
     return (total[0] / total[1]).item()
 
 
-def start_wandb(config, run_id):
-    """A Weights & Biases run, or None. Whatever goes wrong there must not stop the training."""
-    if not config.wandb_log:
-        return None
+def spare(call):
+    """call(), for Weights & Biases: whatever goes wrong there must not stop the training."""
     try:
-        import wandb
-        return wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=asdict(config),
-                          dir=config.out_dir, id=run_id, resume="allow" if run_id else None)
+        return call()
     except Exception as error:
-        print(f"wandb is off for this run: {str(error).strip() or type(error).__name__}")
-        return None
+        print(f"wandb failed, the run goes on: {str(error).strip() or type(error).__name__}")
+
+
+def start_wandb(config, run_id):
+    import wandb
+    return wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=asdict(config),
+                      dir=config.out_dir, id=run_id, resume="allow" if run_id else None)
 
 
 # ----------------------------------------------------------------------------------------------------------
 
 def main(argv):
-    # What to run: defaults, then mini's sizes, then the recipe, then the command line; or the interrupted run.
-    name = data.parse_args([a for a in argv if a.startswith("--model=")], __doc__, TrainConfig).get("model", "gpt")
-    model_class, config_class, default_dir = MODELS[name]
-    keys = data.parse_args(argv, __doc__, TrainConfig, config_class)
-    out_dir = Path(keys.get("out_dir") or default_dir)
-    rank, world_size = world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    main_process = rank == 0
-    saved = None
-    if keys.get("init_from") == "resume":
+    # What to run: the defaults, mini's sizes, the recipe, the command line; or the interrupted run
+    first = data.parse_args([a for a in argv if a.split("=")[0] in ("--model", "--init_from", "--out_dir")], "", TrainConfig)
+    name, saved = first.get("model", "gpt"), None
+    out_dir = Path(first.get("out_dir") or MODELS[name][2])
+    if first.get("init_from") == "resume":
         saved = load_checkpoint(out_dir / "last.pt")
+        name = first.get("model", saved["config"]["model"])
+    model_class, config_class, _ = MODELS[name]
+    keys = data.parse_args(argv, __doc__, TrainConfig, config_class)
+    if saved:
         before = {**saved["model_config"], **saved["config"]}
-        for key in keys.keys() - MAY_CHANGE:
+        for key in sorted(keys.keys() - MAY_CHANGE, key=lambda key: key != "model"):
             if keys[key] != before[key]:
                 raise UserError(f"the run in {out_dir} has --{key}={before[key]}, not {keys[key]}: leave the key out, "
                                 "or start another run with another --out_dir")
@@ -298,25 +315,28 @@ def main(argv):
     else:
         dataset = keys.get("dataset") or ("plwiki" if Path("data/plwiki/meta.json").exists() else "mini")
         recipe = RECIPES[keys.get("recipe", "tuned")]
-        layers = [{"dataset": dataset}, MINI if dataset == "mini" else {}, recipe, {k: v for k, v in keys.items() if v != ""}]
+        layers = [MINI if dataset == "mini" else {}, recipe, keys, {"dataset": dataset}]
     config = data.configure(TrainConfig, *layers, keys if saved else {}, {"out_dir": str(out_dir)})
+    rank, world_size = world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    main_process = rank == 0
 
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
     dtype, reason = choose_dtype(config.dtype, device)
     if world_size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if config.batch_size % world_size:
             raise UserError(f"batch_size {config.batch_size} cannot be divided among {world_size} processes")
 
     # Data
-    if config.dataset == "mini" and not Path("data/mini/meta.json").exists():
-        if main_process:
-            print("nothing is prepared under data/: making the embedded dataset, mini")
-            data.main(["--dataset=mini"])
-        if world_size > 1:
-            dist.barrier()
+    if main_process and config.dataset == "mini" and not Path("data/mini/meta.json").exists():
+        print("data/plwiki is not prepared (see data.py): training on the embedded dataset, mini")
+        data.main(["--dataset=mini"])
+    if world_size > 1:
+        dist.barrier()
     meta, splits = data.load_dataset(config.dataset)
     model_config = data.configure(config_class, {"vocab_size": meta["vocab_size"]}, *layers)
     if model_config.vocab_size < meta["vocab_size"]:
@@ -334,7 +354,8 @@ def main(argv):
 
     # Model and optimizer
     torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")     # high: TF32 on CUDA
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     model = model_class(model_config).to(device)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would be 0
@@ -343,10 +364,12 @@ def main(argv):
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if scaler.is_enabled() and saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
         step, tokens_seen, minutes_before, metrics = (saved[k] for k in ("step", "tokens_seen", "minutes", "metrics"))
         run_id = saved["wandb_id"]
-        del saved
+    resumed = saved is not None
+    del saved                   # its file stays open as long as it is held
     stepped = model             # the same parameters, compiled and synchronised between processes where asked
     if config.compile == "True" or (config.compile == "auto" and device.type == "cuda" and config.model == "gpt"):
         stepped = torch.compile(stepped)
@@ -356,13 +379,16 @@ def main(argv):
     wandb_run = None
     if main_process:
         out_dir.mkdir(parents=True, exist_ok=True)
+        for old in () if resumed else ("ckpt.pt", "last.pt"):     # a command typed too soon must not cost the last run
+            if (out_dir / old).exists():
+                os.replace(out_dir / old, out_dir / f"previous-{old}")
         write_whole(out_dir / "model_summary.txt", lambda p: p.write_text(model.summary() + "\n", encoding="utf-8"))
         print(f"{config.model}: {model.num_params():,} parameters; data/{config.dataset}: "
               f"{meta['splits']['train']['tokens']:,} training tokens; {tokens_per_step:,} tokens a step")
         print(f"{device_name(device)}; {dtype} ({reason}); results in {out_dir}/")
-        if step:
+        if resumed:
             print(f"resumed at step {step}, after {minutes_before:.1f} minutes")
-        wandb_run = start_wandb(config, run_id)
+        wandb_run = spare(lambda: start_wandb(config, run_id)) if config.wandb_log else None
 
     # The first Ctrl-C or SIGTERM finishes the step, saves and scores; a second Ctrl-C ends at once.
     stop = []
@@ -370,15 +396,17 @@ def main(argv):
     def request_stop(signum, frame):
         stop.append(signum)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if main_process:
+            print("\nstopping: this step, then a save and the final test; Ctrl-C ends at once", flush=True)
 
     handlers = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
     # The loop
     model.train()
     start = time.time()
-    best_val = min((m["val_loss"] for m in metrics), default=math.inf)
+    best_val = min((m["val_loss"] for m in metrics), default=math.inf) if (out_dir / "ckpt.pt").exists() else math.inf
     mark_time, mark_tokens = start, tokens_seen         # of the last evaluation's end, for tokens/s
-    bar = tqdm(total=1.0, desc=config.model, disable=not main_process, mininterval=1 if sys.stderr.isatty() else 15,
+    bar = progress_bar(total=1.0, desc=config.model, disable=not main_process,
                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     while True:
         # every process must decide alike, so they share the clock and the wish to stop
@@ -396,13 +424,13 @@ def main(argv):
             losses = {s: evaluate(model, splits[s], eval_windows[s], max(1, config.batch_size // world_size), autocast,
                                   device, world) for s in ("train", "val")}
             metrics.append({"step": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 4),
-                            "train_loss": losses["train"], "train_perplexity": math.exp(losses["train"]),
-                            "val_loss": losses["val"], "val_perplexity": math.exp(losses["val"]),
+                            "train_loss": losses["train"], "train_perplexity": perplexity(losses["train"]),
+                            "val_loss": losses["val"], "val_perplexity": perplexity(losses["val"]),
                             "learning_rate": learning_rate_at(config, step, minutes),
                             "tokens_per_second": round(speed, 1)})
             if main_process:
                 bar.write(f"step {step}: train {losses['train']:.4f}, val {losses['val']:.4f}, "
-                          f"perplexity {math.exp(losses['val']):.2f}, {speed:,.0f} tokens/s")
+                          f"perplexity {perplexity(losses['val']):.2f}, {speed:,.0f} tokens/s")
                 common = {"format_version": FORMAT_VERSION, "config": asdict(config), "model_config": asdict(model_config),
                           "data_sha256": meta["splits"]["train"]["sha256"], "model": model.state_dict(), "step": step}
                 if losses["val"] < best_val:
@@ -414,7 +442,7 @@ def main(argv):
                 write_whole(out_dir / "metrics.jsonl", lambda p: p.write_text(
                     "".join(json.dumps(m) + "\n" for m in metrics), encoding="utf-8"))
                 if wandb_run:
-                    wandb_run.log(metrics[-1], step=step)
+                    spare(lambda: wandb_run.log(metrics[-1], step=step))
             best_val = min(best_val, losses["val"])
             mark_time, mark_tokens = time.time(), tokens_seen
         if finished:
@@ -422,14 +450,15 @@ def main(argv):
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(config, step, minutes)
-        torch.manual_seed(hash((config.seed, step, rank)))      # dropout, too, depends on the step alone
+        torch.manual_seed(config.seed + step * world_size + rank)   # dropout, too, depends on the step alone
         for micro in range(config.gradient_accumulation_steps):
             windows = data.train_windows(n_windows["train"], step * config.gradient_accumulation_steps + micro,
                                          config.batch_size, config.seed, rank, world_size)
             idx, targets = data.get_batch(splits["train"], windows, T, device)
-            last_micro = micro == config.gradient_accumulation_steps - 1
-            with autocast, nullcontext() if world_size == 1 or last_micro else stepped.no_sync():
-                loss = stepped(idx, targets)[1]
+            last_micro = micro == config.gradient_accumulation_steps - 1     # processes exchange gradients only then
+            with nullcontext() if world_size == 1 or last_micro else stepped.no_sync():
+                with autocast:
+                    loss = stepped(idx, targets)[1]
                 scaler.scale(loss / config.gradient_accumulation_steps).backward()
         if config.grad_clip:
             scaler.unscale_(optimizer)
@@ -456,7 +485,7 @@ def main(argv):
     test_loss = evaluate(model, splits["test"], np.arange(n_windows["test"]), max(1, config.batch_size // world_size), autocast,
                          device, world, progress=main_process)
     best = min(metrics, key=lambda m: m["val_loss"])
-    results = {"test_loss": test_loss, "test_perplexity": math.exp(test_loss),
+    results = {"test_loss": test_loss, "test_perplexity": perplexity(test_loss),
                **{k: best[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
                "best_step": best["step"], "steps": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 2),
                "tokens_per_second": round(tokens_seen / max(minutes * 60, 1e-9), 1), "n_params": model.num_params(),
@@ -465,10 +494,10 @@ def main(argv):
     if main_process:
         write_whole(out_dir / "results.json", lambda p: p.write_text(json.dumps(results, indent=1), encoding="utf-8"))
         plot_curves(metrics, out_dir / "learning_curves.png", f"{config.model}, {config.recipe} recipe, data/{config.dataset}")
-        print(f"test loss {test_loss:.4f}, perplexity {math.exp(test_loss):.2f}; "
+        print(f"test loss {test_loss:.4f}, perplexity {perplexity(test_loss):.2f}; "
               f"now try: python sample.py --model={config.model}")
         if wandb_run:
-            wandb_run.finish()
+            spare(wandb_run.finish)
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if world_size > 1:
