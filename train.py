@@ -406,7 +406,7 @@ def main(argv):
     start = time.time()
     best_val = min((m["val_loss"] for m in metrics), default=math.inf) if (out_dir / "ckpt.pt").exists() else math.inf
     mark_time, mark_tokens = start, tokens_seen         # of the last evaluation's end, for tokens/s
-    bar = progress_bar(total=1.0, desc=config.model, disable=not main_process,
+    bar = progress_bar(total=1.0, desc=config.model, disable=not main_process, smoothing=0,
                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     while True:
         # every process must decide alike, so they share the clock and the wish to stop
