@@ -484,22 +484,19 @@ def train_tokenizer(texts, vocab_size):
 
 
 def load_tokenizer(name):
-    """The tokenizer of a folder or a hub name, from the local cache where it has it. Never runs code from there.
-    Raises UserError that says what to type instead."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a folder or a hub name; without a network, from the hub's local cache. Never runs code from
+    there. Raises UserError that says what to type instead."""
     instead = "pass --tokenizer=FOLDER or --tokenizer=train, or use --dataset=mini"
     local = Path(name).is_dir()
+    offline = local or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    if offline:     # set before the import, or the hub's client would wait and retry
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers import AutoTokenizer
     try:
-        try:
-            tok = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError):
-            if local:
-                raise
-            if not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
-                raise UserError(f"the tokenizer {name!r} is not on this machine and the hub cannot be reached: "
-                                f"{instead}") from None
-            tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tok = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
     except Exception as error:      # a damaged or foreign file can raise anything
+        if offline and not local:
+            raise UserError(f"the tokenizer {name!r} is not on this machine and the hub cannot be reached: {instead}") from None
         reason = str(error).strip().split("\n")[0]
         advice = "" if local else " Log in (`hf auth login`) and accept its licence on the hub, or"
         raise UserError(f"cannot load the tokenizer {name!r} ({reason}).{advice} {instead}") from None

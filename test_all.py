@@ -460,6 +460,42 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+class HubHandler(QuietHandler):
+    """As much of the Hugging Face hub as a tokenizer needs: /OWNER/NAME/resolve/main/FILE out of a folder."""
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        file = Path(self.directory) / self.path.rsplit("/", 1)[1]
+        found = "/resolve/main/" in self.path and file.is_file()
+        content = file.read_bytes() if found else b"{}"
+        self.send_response(200 if found or self.path == "/" else 404)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Error-Code", "" if found else "EntryNotFound")
+        self.send_header("ETag", f'"{len(content):040x}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+def test_a_hub_tokenizer_is_fetched_once_and_then_found_offline(work, tmp_path):
+    handler = functools.partial(HubHandler, directory=str(work / "data/tiny/tokenizer"))
+    keys = ["--dataset=tiny", f"--source={work}/tiny.jsonl"]        # the default tokenizer, speakleash/Bielik-4.5B-v3
+    env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        env["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = command("data.py", *keys, cwd=tmp_path, env=env)
+        server.shutdown()
+    assert result.returncode == 0, result.stderr
+    first = json.loads((tmp_path / "data/tiny/meta.json").read_text())
+    assert first["tokenizer"] == "speakleash/Bielik-4.5B-v3" and first["vocab_size"] == 512
+    assert command("data.py", *keys, cwd=tmp_path, env=env).returncode == 0        # the server is gone
+    assert json.loads((tmp_path / "data/tiny/meta.json").read_text()) == first
+
+
 def test_plwiki_through_the_real_speakleash_client(work, tmp_path, monkeypatch):
     from speakleash.config_loader import ConfigLoader
     monkeypatch.chdir(tmp_path)
