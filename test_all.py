@@ -483,7 +483,7 @@ class HubHandler(QuietHandler):
 def test_a_hub_tokenizer_is_fetched_once_and_then_found_offline(work, tmp_path):
     handler = functools.partial(HubHandler, directory=str(work / "data/tiny/tokenizer"))
     keys = ["--dataset=tiny", f"--source={work}/tiny.jsonl"]        # the default tokenizer, speakleash/Bielik-4.5B-v3
-    env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    env = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}    # other tests set the last
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         env["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
