@@ -64,7 +64,8 @@ def read_bandwidth(device):
 
 def bytes_per_token(model):
     """Bytes of weights that one decoding step must read: all but the embedding tables, of which it reads a row."""
-    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not name.startswith(("wte", "wpe")))
+    return sum(p.numel() * p.element_size() for name, p in model.named_parameters()
+               if not name.startswith(("wte", "wpe")))
 
 
 def bench_generation(name, device, config):
@@ -102,7 +103,8 @@ def plot_bars(rows, path, title):
     figure, panel = plt.subplots(figsize=(10, 1 + 0.6 * len(rows)), layout="constrained")
     colors = ["tab:gray" if r["mode"] == "naive" else "tab:blue" for r in rows]
     bars = panel.barh(labels, [r["tokens_per_second"] for r in rows], color=colors)
-    panel.bar_label(bars, [f"{r['tokens_per_second']:.1f} ({r['ratio_to_naive']:.1f}x)" for r in rows], padding=4, fontsize=12)
+    labels = [f"{r['tokens_per_second']:.1f} ({r['ratio_to_naive']:.1f}x)" for r in rows]
+    panel.bar_label(bars, labels, padding=4, fontsize=12)
     panel.invert_yaxis()
     panel.margins(x=0.15)
     panel.tick_params(labelsize=12)

@@ -394,7 +394,8 @@ def write_mini(seed, n_docs=30_000):
                  f"List do {p:gen} {q.past('napisał')} {q}.", f"{q} {q.past('poświęcił')} {p:dat} książkę."],
                 [f"{p.past('Opisał')} {species():acc}.", f"{p.past('Interesował')} się {species():ins}.",
                  f"{p.past('Namalował')} {t:acc}."],
-                [f"{p.past('Zmarł')} {date(born + n, born + n)}.", f"{p.past('Przeżył')} {count(n, 'rok', 'lata', 'lat')}."]]
+                [f"{p.past('Zmarł')} {date(born + n, born + n)}.",
+                 f"{p.past('Przeżył')} {count(n, 'rok', 'lata', 'lat')}."]]
 
     def about_river():
         r, x, t, n = river(), river(), town(), rng.randint(3, 400)
@@ -420,7 +421,8 @@ def write_mini(seed, n_docs=30_000):
                  f"{b} w {t:loc} {b.past('został')} {b.adjective('zbudowan')} w {year()}."],
                 [f"Pieniądze na {b:acc} {who.past('dał')} {who}.", f"Plany {b:gen} {who.past('narysował')} {who}."],
                 [f"Obok {b:gen} rośnie {species(PLANTS)}.", f"Przed {b:ins} gniazduje {species(BIRDS)}."],
-                [f"O {b:loc} wspomina list {z(f'{town():gen}')}.", f"Dzięki {b:dat} {t} {t.past('stał')} się {t.adjective('sławn')}.",
+                [f"O {b:loc} wspomina list {z(f'{town():gen}')}.", 
+                 f"Dzięki {b:dat} {t} {t.past('stał')} się {t.adjective('sławn')}.",
                  f"Wielu turystów podziwia {b:acc}."]]
 
     def about_event():
@@ -496,7 +498,8 @@ def load_tokenizer(name):
         tok = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
     except Exception as error:      # a damaged or foreign file can raise anything
         if offline and not local:
-            raise UserError(f"the tokenizer {name!r} is not on this machine and the hub cannot be reached: {instead}") from None
+            raise UserError(f"the tokenizer {name!r} is not on this machine and the hub cannot be reached: "
+                            f"{instead}") from None
         reason = str(error).strip().split("\n")[0]
         advice = "" if local else " Log in (`hf auth login`) and accept its licence on the hub, or"
         raise UserError(f"cannot load the tokenizer {name!r} ({reason}).{advice} {instead}") from None

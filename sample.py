@@ -135,7 +135,8 @@ def continue_prompt(model, tok, ids, config, device, on_token=None):
     idx = torch.tensor([ids] * config.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     start, rows = time.perf_counter(), []
-    for next_ids in generate(model, idx, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator):
+    for next_ids in generate(model, idx, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
+                             generator):
         rows.append(next_ids)
         if config.num_samples == 1:
             token = next_ids.item()
@@ -153,7 +154,8 @@ def encode_prompt(tok, prompt, context):
     """<s> and the prompt as ids, the newest `context` of them: neither model was trained on more."""
     ids = [tok.bos_token_id, *data.encode(tok, [prompt])[0]]
     if len(ids) > context:
-        print(f"the prompt is {len(ids)} tokens long: the newest {context}, the models' context, are kept", file=sys.stderr)
+        print(f"the prompt is {len(ids)} tokens long: the newest {context}, the models' context, are kept",
+              file=sys.stderr)
     return ids[-context:]
 
 
@@ -172,7 +174,8 @@ def open_run(config):
     except (OSError, ValueError, KeyError, TypeError):
         now = None
     if now != checkpoint["data_sha256"] or not (folder / "tokenizer").is_dir():
-        raise UserError(f"{folder} is missing or not the one that {out_dir}/ckpt.pt was trained on: its tokenizer is needed")
+        raise UserError(f"{folder} is missing or not the one that {out_dir}/ckpt.pt was trained on: "
+                        "its tokenizer is needed")
     return checkpoint, out_dir, data.load_tokenizer(str(folder / "tokenizer"))
 
 
@@ -206,13 +209,15 @@ def main(argv):
     for prompt in GRID_PROMPTS:
         for temperature in GRID_TEMPERATURES:
             config.temperature = temperature
-            rows, speed = continue_prompt(model, tok, encode_prompt(tok, prompt, model.config.block_size), config, device)
+            ids = encode_prompt(tok, prompt, model.config.block_size)
+            rows, speed = continue_prompt(model, tok, ids, config, device)
             for row in rows:
                 results.append({"prompt": prompt, "temperature": temperature, "text": tok.decode(row),
                                 "new_tokens_per_second": round(speed, 1)})
             print(f"--- temperature {temperature}\n{tok.decode(rows[0])}")
     path = out_dir / f"{Path(MODELS[name][2]).name}_inference_results.json"
-    report = {"model": name, "dataset": dataset, "device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
+    report = {"model": name, "dataset": dataset, "device": device_name(device),
+              "dtype": str(dtype).removeprefix("torch."),
               "settings": {k: v for k, v in asdict(config).items() if k in ("top_k", "top_p", "max_new_tokens", "seed")},
               "results": results}
     write_whole(path, lambda p: p.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8"))

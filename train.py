@@ -297,7 +297,8 @@ def start_wandb(config, run_id):
 
 def main(argv):
     # What to run: the defaults, mini's sizes, the recipe, the command line; or the interrupted run
-    first = data.parse_args([a for a in argv if a.split("=")[0] in ("--model", "--init_from", "--out_dir")], "", TrainConfig)
+    first = [a for a in argv if a.split("=")[0] in ("--model", "--init_from", "--out_dir")]     # what decides the rest
+    first = data.parse_args(first, "", TrainConfig)
     name, saved = first.get("model", "gpt"), None
     out_dir = Path(first.get("out_dir") or MODELS[name][2])
     if first.get("init_from") == "resume":
@@ -350,6 +351,7 @@ def main(argv):
     # the evaluation windows: always the same, spread over the whole split
     eval_windows = {split: np.unique(np.linspace(0, n_windows[split] - 1, config.eval_iters * config.batch_size,
                                                  dtype=int)) for split in ("train", "val")}
+    eval_batch = config.batch_size // world_size
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * T
 
     # Model and optimizer
@@ -421,8 +423,8 @@ def main(argv):
 
         if (step % config.eval_interval == 0 or finished) and not (metrics and metrics[-1]["step"] == step):
             speed = (tokens_seen - mark_tokens) / (time.time() - mark_time)
-            losses = {s: evaluate(model, splits[s], eval_windows[s], max(1, config.batch_size // world_size), autocast,
-                                  device, world) for s in ("train", "val")}
+            losses = {s: evaluate(model, splits[s], windows, eval_batch, autocast, device, world)
+                      for s, windows in eval_windows.items()}
             metrics.append({"step": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 4),
                             "train_loss": losses["train"], "train_perplexity": perplexity(losses["train"]),
                             "val_loss": losses["val"], "val_perplexity": perplexity(losses["val"]),
@@ -431,8 +433,9 @@ def main(argv):
             if main_process:
                 bar.write(f"step {step}: train {losses['train']:.4f}, val {losses['val']:.4f}, "
                           f"perplexity {perplexity(losses['val']):.2f}, {speed:,.0f} tokens/s")
-                common = {"format_version": FORMAT_VERSION, "config": asdict(config), "model_config": asdict(model_config),
-                          "data_sha256": meta["splits"]["train"]["sha256"], "model": model.state_dict(), "step": step}
+                common = {"format_version": FORMAT_VERSION, "step": step, "model": model.state_dict(),
+                          "config": asdict(config), "model_config": asdict(model_config),
+                          "data_sha256": meta["splits"]["train"]["sha256"]}
                 if losses["val"] < best_val:
                     write_whole(out_dir / "ckpt.pt", lambda p: torch.save(common, p))
                 newest = {**common, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
@@ -482,8 +485,8 @@ def main(argv):
     if world_size > 1:
         for p in model.parameters():
             dist.broadcast(p.data, 0)
-    test_loss = evaluate(model, splits["test"], np.arange(n_windows["test"]), max(1, config.batch_size // world_size), autocast,
-                         device, world, progress=main_process)
+    test_loss = evaluate(model, splits["test"], np.arange(n_windows["test"]), eval_batch, autocast, device, world,
+                         progress=main_process)
     best = min(metrics, key=lambda m: m["val_loss"])
     results = {"test_loss": test_loss, "test_perplexity": perplexity(test_loss),
                **{k: best[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
@@ -493,7 +496,8 @@ def main(argv):
                "config": {**asdict(config), **asdict(model_config)}}
     if main_process:
         write_whole(out_dir / "results.json", lambda p: p.write_text(json.dumps(results, indent=1), encoding="utf-8"))
-        plot_curves(metrics, out_dir / "learning_curves.png", f"{config.model}, {config.recipe} recipe, data/{config.dataset}")
+        plot_curves(metrics, out_dir / "learning_curves.png",
+                    f"{config.model}, {config.recipe} recipe, data/{config.dataset}")
         print(f"test loss {test_loss:.4f}, perplexity {perplexity(test_loss):.2f}; "
               f"now try: python sample.py --model={config.model}")
         if wandb_run:
