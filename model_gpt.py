@@ -38,23 +38,28 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
+def on_host(t):
+    """Can the program look at t's value without waiting for a device?"""
+    return t.device.type == "cpu"
+
+
 def manual_attention(q, k, v, mask):
     """Softmax(q k^T / sqrt(hs)) v (Vaswani et al. 2017), written out.
 
-    q (B, nh, T, hs); k and v (B, nh, S, hs); mask (T, S), True where a query may look.
+    q (B, nh, T, hs); k and v (B, nh, S, hs); mask (T, S), True where a query may look, None: anywhere.
     Returns (B, nh, T, hs).
     """
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))    # (B, nh, T, S)
-    scores = scores.masked_fill(~mask, float("-inf"))           # a token must not see its future
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))        # (B, nh, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))           # a token must not see its future
     return scores.softmax(dim=-1) @ v                           # each row: a weighted mean of the values
 
 
 def fused_attention(q, k, v, mask):
     """The same as manual_attention, without ever storing the (T, S) scores (Dao et al. 2022)."""
-    T, S = mask.shape
-    if T == S:      # the plain causal triangle, which the kernel knows by name and skips half of
+    if mask is not None and mask.size(0) == mask.size(1):      # the plain triangle: the kernel skips half of it
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if T > 1 else None)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class CausalSelfAttention(nn.Module):
@@ -67,17 +72,18 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)   # q, k and v in one matmul
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, mask, cache=None, pos=0):
-        """x (B, T, C) -> (B, T, C). cache: this block's keys and values of the `pos` tokens before x."""
+    def forward(self, x, mask, cache=None, positions=None):
+        """x (B, T, C) -> (B, T, C). cache (2, B, nh, S, hs): this block's keys and values, to which x's are added
+        at `positions`; mask (T, S) says which of them x may look at."""
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)                                  # each (B, nh, T, hs)
-        if cache is not None:
-            for kept, new in zip(cache, (k, v)):
-                kept[:, :, pos:pos + T] = new
-            k, v = (kept[:, :, :pos + T] for kept in cache)                     # (B, nh, pos + T, hs)
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if cache is None:
+            q, k, v = heads                                                     # each (B, nh, T, hs)
+        else:
+            heads = heads.to(cache.dtype)
+            q, (k, v) = heads[0], cache.index_copy_(3, positions, heads[1:])    # k and v (B, nh, S, hs)
         y = self.attention(q, k, v, mask)
-        y = y.transpose(1, 2).reshape(B, T, C)                                  # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)                      # heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -106,8 +112,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask, cache=None, pos=0):
-        x = x + self.attn(self.ln_1(x), mask, cache, pos)
+    def forward(self, x, mask, cache=None, positions=None):
+        x = x + self.attn(self.ln_1(x), mask, cache, positions)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -136,16 +142,24 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def _hidden(self, idx, caches, pos):
-        """idx (B, T), the tokens at positions pos .. pos + T - 1 -> (B, T, C) just before the head."""
-        T = idx.size(1)
-        if pos + T > self.config.block_size:
-            raise ValueError(f"{pos + T} tokens do not fit in block_size {self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[pos:pos + T]
+    def _hidden(self, idx, state=None):
+        """idx (B, T) -> (B, T, C) just before the head. Without a state idx starts the text, with one it goes on."""
+        T = S = idx.size(1)
+        caches, positions = [None] * len(self.blocks), slice(T)
+        if state is not None:
+            caches, pos = state
+            positions = pos + torch.arange(T, device=pos.device)
+            # A GPU's queue would have to drain before we could look at pos, and a captured graph needs shapes that
+            # never change: there x looks at the whole cache, its empty part masked. A CPU leaves that part out.
+            S = int(pos) + T if on_host(pos) else self.config.block_size
+            caches = caches[..., :S, :]
+        if max(S, T) > self.config.block_size:
+            raise ValueError(f"{S} tokens do not fit in block_size {self.config.block_size}")
+        x = self.wte(idx) + self.wpe.weight[positions]
         x = F.dropout(x, self.config.dropout, self.training)
-        mask = self.mask[pos:pos + T, :pos + T]
+        mask = None if T == 1 and state is not None and on_host(pos) else self.mask[positions, :S]
         for block, cache in zip(self.blocks, caches):
-            x = block(x, mask, cache, pos)
+            x = block(x, mask, cache, positions)
         return self.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -154,7 +168,7 @@ class GPT(nn.Module):
         With targets: logits (B, T, V) and the mean cross entropy in nats per token.
         Without: logits (B, 1, V) for the last position, and None.
         """
-        x = self._hidden(idx, [None] * len(self.blocks), 0)
+        x = self._hidden(idx)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
@@ -162,21 +176,22 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
 
     def init_state(self, batch_size):
-        """An empty KV cache, allocated once: keys and values (n_layer, 2, B, nh, block_size, hs), and the
-        number of tokens it holds."""
-        c, w = self.config, self.lm_head.weight
+        """An empty KV cache, allocated once: keys and values (n_layer, 2, B, nh, block_size, hs), and how many tokens
+        it holds, a number on the device. All zeros: zeroing a state empties it."""
+        c, w = self.config, self.wte.weight
         shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        return torch.zeros(shape, dtype=w.dtype, device=w.device), 0
+        dtype = torch.promote_types(w.dtype, torch.float32) if on_host(w) else w.dtype     # CPU kernels: faster so
+        return torch.zeros(shape, dtype=dtype, device=w.device), torch.zeros((), dtype=torch.int64, device=w.device)
 
     @torch.no_grad()
     def step(self, idx, state):
-        """Consume idx (B, T), T >= 1 new tokens; return logits (B, V) after the last, and the new state.
+        """Consume idx (B, T), T >= 1 new tokens; return logits (B, V) after the last, and the state, written in place.
 
-        The cache is written in place. ValueError when it cannot hold T more tokens (see `window`).
+        ValueError when it cannot hold T more tokens (see `window`); on a GPU only the caller can know.
         """
-        caches, pos = state
-        x = self._hidden(idx, caches, pos)
-        return self.lm_head(x[:, -1]), (caches, pos + idx.size(1))
+        x = self._hidden(idx, state)
+        state[1].add_(idx.size(1))
+        return self.lm_head(x[:, -1]), state
 
     @property
     def window(self):

@@ -37,16 +37,27 @@ class LSTMConfig:
             raise ValueError("dropout must be 0 or more and below 1")
 
 
-class Scan(torch.autograd.Function):
-    """The recurrence of one layer, and its backward through time, by hand.
+def plain_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
+    """One layer over T steps, its equations as they stand in the textbook: what generation uses.
 
-    i, f, g, o = gates_t = xg_t + h_{t-1} W_hh^T;  i, f, o = sigmoid, g = tanh of theirs
-    c_t = f c_{t-1} + i g;  h_t = o tanh(c_t)
+    x (T, B, n_input), h and c (B, H) -> y (T, B, H) and the last h and c. The cell is kept in float32 at least: it is
+    a sum over hundreds of steps, which bfloat16's 8 bits would round away.
+    """
+    xg, y = F.linear(x, weight_ih, bias_ih), []                         # all T steps in one matmul
+    for gates in xg:
+        i, f, g, o = (gates + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()                    # forget some of the past, add some of the new
+        h = (o.sigmoid() * c.tanh()).to(xg.dtype)                       # show some of it
+        y.append(h)
+    return torch.stack(y), h, c
+
+
+class Scan(torch.autograd.Function):
+    """The same recurrence, in place and with its backward through time by hand, for training.
 
     By hand because autograd would keep T graphs of a dozen nodes and add T separate (4H, H) products into
     dW_hh; here the T products are one matmul at the end. Inputs: xg (T, B, 4H), the input's part of the
-    gates; w_hh (4H, H); h0 and c0 (B, H). Returns h (T, B, H) and the last c (B, H). The cell is kept in
-    float32 at least: it is a sum over hundreds of steps, which bfloat16's 8 bits would round away.
+    gates; w_hh (4H, H); h0 and c0 (B, H). Returns h (T, B, H) and the last c (B, H).
     """
 
     @staticmethod
@@ -88,14 +99,14 @@ class Scan(torch.autograd.Function):
 
 
 def manual_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
-    """One layer over T steps, by hand: x (T, B, n_input), h and c (B, H) -> y (T, B, H) and the last h and c."""
+    """The same as plain_recurrence, with a gradient: what training uses."""
     xg = F.linear(x, weight_ih, bias_ih + bias_hh)                      # all T steps in one matmul
     y, c = Scan.apply(xg, weight_hh.to(xg.dtype), h.to(xg.dtype), c)
     return y, y[-1], c
 
 
 def cudnn_recurrence(x, h, c, *weights):
-    """The same as manual_recurrence, in one call of NVIDIA's kernel (Appleyard et al. 2016)."""
+    """The same as plain_recurrence, in one call of NVIDIA's kernel (Appleyard et al. 2016)."""
     # autocast would run it in float16 even where bfloat16 was asked for: cast here instead
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     x, h, cell, *weights = (t.to(dtype) for t in (x, h[None], c[None], *weights))
@@ -120,7 +131,7 @@ class Block(nn.Module):
         """x (T, B, n_input), state h and c (B, H) -> y (T, B, H) and the new h and c."""
         # one token costs cuDNN more in packing its weights than in arithmetic; before 9.13 it had no bfloat16
         fast = self.cudnn and x.is_cuda and len(x) > 1 and torch.backends.cudnn.version() >= 91300
-        recurrence = cudnn_recurrence if fast else manual_recurrence
+        recurrence = cudnn_recurrence if fast else manual_recurrence if torch.is_grad_enabled() else plain_recurrence
         y, h, c = recurrence(x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         y = F.dropout(y, self.dropout, self.training)
         # The identity lets the gradient reach every layer: without it, it must pass through the gates of
@@ -174,16 +185,18 @@ class LSTM(nn.Module):
         return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
 
     def init_state(self, batch_size):
-        """Zero (h, c), each (n_layer, B, H): all that the model remembers of its past."""
-        c, w = self.config, self.lm_head.weight
-        h = torch.zeros(c.n_layer, batch_size, c.n_hidden, dtype=w.dtype, device=w.device)
-        return h, h.to(torch.promote_types(w.dtype, torch.float32))     # the cell: see Scan
+        """(h, c), each (n_layer, B, H): all that the model remembers of its past. All zeros: zeroing a state empties it."""
+        c, w = self.config, self.wte.weight
+        dtypes = w.dtype, torch.promote_types(w.dtype, torch.float32)   # the cell's: see plain_recurrence
+        return tuple(torch.zeros(c.n_layer, batch_size, c.n_hidden, dtype=d, device=w.device) for d in dtypes)
 
     @torch.no_grad()
     def step(self, idx, state):
-        """Consume idx (B, T), T >= 1 new tokens; return logits (B, V) after the last, and the new state."""
-        x, h, c = self._hidden(idx, state)
-        return self.lm_head(x[-1]), (torch.stack(h), torch.stack(c))
+        """Consume idx (B, T), T >= 1 new tokens; return logits (B, V) after the last, and the state, written in place."""
+        x, *new = self._hidden(idx, state)
+        for kept, layers in zip(state, new):
+            torch.stack(layers, out=kept)
+        return self.lm_head(x[-1]), state
 
     @property
     def window(self):

@@ -10,11 +10,15 @@ Owns the generation loop, which bench.py times as it is.
 import json
 import sys
 import time
+import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 import data
 from data import UserError
@@ -38,7 +42,7 @@ class SampleConfig:
     seed: int = 1337                # the same seed gives the same text
     grid: bool = False              # all prompts at all temperatures, written to a JSON file
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of weights and arithmetic
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"   # of the weights; int8: cpu and mps
 
     def __post_init__(self):
         for key in ("max_new_tokens", "num_samples"):
@@ -53,8 +57,63 @@ class SampleConfig:
             raise ValueError("the prompt is empty: give a word to begin with, --prompt='Dawno temu'")
 
 
-def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw the next token: logits (B, V) -> ids (B,). Never waits for the device."""
+class Int8Weight:
+    """Stands in a model where a float matrix w (N, K) stood: F.linear then multiplies by 8-bit integers.
+
+    Each output channel n has one scale, s_n = max |w_n| / 127, and the integers round(w_n / s_n): half the bytes of
+    bfloat16. A CPU's fast kernel multiplies integers by integers, so there the activations, in float32, are rounded
+    too, by the range of each call (Jacob et al. 2018); on MPS they stay as they are.
+    PyTorch hands F.linear to any argument that has __torch_function__, so the models need not know.
+    """
+
+    def __init__(self, w, round_activations):
+        w, self.round_activations = w.detach().float(), round_activations
+        self.scale = w.abs().amax(dim=1).clamp(min=1e-12) / 127
+        if round_activations:
+            with warnings.catch_warnings():     # PyTorch 2.13 announces the end of this way, not yet another
+                warnings.filterwarnings("ignore", message=".*quantize_per_channel")
+                zero = torch.zeros(len(w), dtype=torch.int64)
+                q = torch.quantize_per_channel(w, self.scale.double(), zero, axis=0, dtype=torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(q, None)
+        else:
+            self.packed = (w / self.scale[:, None]).round().to(torch.int8)
+
+    def linear(self, x, bias=None):
+        """x (..., K) -> (..., N)"""
+        if self.round_activations:      # reduce_range: 7 bits for x; 8 overflow where a CPU lacks VNNI
+            y = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
+        else:
+            rows = x.flatten(0, -2).contiguous()
+            y = torch._weight_int8pack_mm(rows, self.packed, self.scale.to(x.dtype)).unflatten(0, x.shape[:-1])
+        return y if bias is None else y + bias
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not F.linear:
+            raise TypeError(f"an int8 weight can do no more than F.linear, not {function}")
+        x, weight, *bias = args
+        return weight.linear(x, *bias)
+
+
+def to_dtype(model, dtype):
+    """model for generation, its weights in dtype. torch.int8: the matrices but the embeddings, of which a token reads a
+    single row, become Int8Weights, for good."""
+    if dtype != torch.int8:
+        return model.to(dtype)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    model.to(torch.float32 if on_cpu else torch.float16)
+    for module in model.modules():
+        for name, w in list(module.named_parameters(recurse=False)):
+            # the MPS kernel works on tiles of 32 x 32: what does not divide stays in float16
+            if w.dim() == 2 and not isinstance(module, nn.Embedding) and (on_cpu or not (w.size(0) % 32 or w.size(1) % 32)):
+                delattr(module, name)
+                setattr(module, name, Int8Weight(w, round_activations=on_cpu))
+    return model
+
+
+def pick(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
+    """Draw the next token: logits (B, V) -> ids (B,). uniform (B, 1) in [0, 1) decides the draw; None: a new one.
+    Never waits for the device."""
     if temperature < 1e-4:      # 0, and what would overflow the division: greedy
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -66,36 +125,81 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         p = ordered.softmax(dim=-1)
         ordered = ordered.masked_fill(p.cumsum(dim=-1) - p >= top_p, float("-inf"))
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
-    # With independent e_i ~ Exp(1), argmax p_i / e_i is i with probability p_i: a race of exponential clocks.
-    # Unlike torch.multinomial it does not stop to look at p on the host.
-    p = logits.softmax(dim=-1)
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1)
+    # Lay the probabilities end to end on a line: a uniform point on it falls on token i with probability p_i. One draw,
+    # where torch.multinomial needs one for each of the 32,000 and stops to look at p on the host.
+    line = logits.softmax(dim=-1).cumsum(dim=-1)
+    if uniform is None:
+        uniform = torch.rand(len(logits), 1, device=logits.device)
+    return torch.searchsorted(line, uniform * line[:, -1:], right=True).squeeze(1)
+
+
+@contextmanager
+def matvec_kernels(device, batch_size):
+    """On a CPU a single row times a bfloat16 matrix is twice as fast without oneDNN, which prepares for many rows."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and not (device.type == "cpu" and batch_size == 1)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def capture(function):
+    """function() as a CUDA graph: all its kernels in one launch -> a callable that runs it again on the same memory.
+
+    At batch 1 a kernel takes about as long as the CPU takes to launch it, so launches would rule. function must read
+    and write tensors that stay where they are, and never look at a value on the host.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):       # libraries allocate at their first call, which a capture must not see
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, cached=True):
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, mode=None):
     """Continue idx (B, T): yield the next ids (B,), max_new_tokens times. A model in eval mode is assumed.
 
-    cached=True feeds only the newest token to model.step, which keeps what it needs of the past; cached=False
-    computes the whole window anew for every token, as the report and nanoGPT do. The tokens are the same.
+    mode: "naive" computes the whole window anew for every token, as the report and nanoGPT do; "cached" feeds only the
+    newest token to model.step, which keeps what it needs of the past; "graph" is that in one launch per token, on CUDA.
+    None: the fastest here. The tokens are the same. generator, a CPU one, decides all draws beforehand.
     """
-    B, T = idx.shape
-    tokens = torch.empty(B, T + max_new_tokens, dtype=torch.int64, device=idx.device)
+    (B, T), device = idx.shape, idx.device
+    mode = mode or ("graph" if device.type == "cuda" else "cached")
+    tokens = torch.empty(B, T + max_new_tokens, dtype=torch.int64, device=device)
     tokens[:, :T] = idx
-    first, state = 0, None                      # the model has seen tokens[:, first:]
+    uniforms = torch.rand(max_new_tokens, B, 1, generator=generator).to(device)
+    newest, uniform = tokens[:, :1].clone(), uniforms[0].clone()       # what a decode step reads, at a fixed place
+    state = None if mode == "naive" else model.init_state(B)
+
+    def decode():
+        newest.copy_(pick(model.step(newest, state)[0], temperature, top_k, top_p, uniform)[:, None])
+
+    step = capture(decode) if mode == "graph" else decode
+    first = seen = 0                            # the state holds tokens[:, first:seen]
     for t in range(T, T + max_new_tokens):
+        uniform.copy_(uniforms[t - T])
         if t - first > model.window:
             # The GPT's positions are used up. Sliding the window by one would change the position of every
             # token in it, so the whole cache would have to be computed again for each new token. Keeping the
             # newest half costs one such pass every block_size / 2 tokens. The LSTM never comes here.
-            first, state = t - max(1, model.window // 2), None
-        if not cached:
-            logits = model(tokens[:, first:t])[0][:, -1]
-        elif state is None:
-            logits, state = model.step(tokens[:, first:t], model.init_state(B))
+            first = seen = t - max(1, model.window // 2)
+        if mode == "naive":
+            newest.copy_(pick(model(tokens[:, first:t])[0][:, -1], temperature, top_k, top_p, uniform)[:, None])
+        elif seen == first:                     # a prompt, or what is left of the window: all at once into an empty state
+            for part in state:
+                part.zero_()
+            newest.copy_(pick(model.step(tokens[:, first:t], state)[0], temperature, top_k, top_p, uniform)[:, None])
         else:
-            logits, state = model.step(tokens[:, t - 1:t], state)
-        tokens[:, t] = pick(logits, temperature, top_k, top_p, generator)
+            with matvec_kernels(device, B):
+                step()
+        seen = t
+        tokens[:, t] = newest[:, 0]
         yield tokens[:, t]
 
 
@@ -130,14 +234,17 @@ def continue_prompt(model, tok, ids, config, device, on_token=None):
     """Generate config.num_samples continuations of the prompt ids as one batch.
 
     Returns a list of token id lists, each the prompt and its continuation up to </s>, and tokens per second over all
-    of them, the prompt's pass included. on_token(id) is called for each token of a single sample as it comes.
+    of them, from the first token on. on_token(id) is called for each token of a single sample as it comes.
     """
     idx = torch.tensor([ids] * config.num_samples, device=device)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    start, rows = time.perf_counter(), []
+    generator = torch.Generator().manual_seed(config.seed)
+    rows = []
     for next_ids in generate(model, idx, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
                              generator):
         rows.append(next_ids)
+        if len(rows) == 1:
+            next_ids.tolist()                           # the prompt's pass is over
+            start = time.perf_counter()
         if config.num_samples == 1:
             token = next_ids.item()
             if token == tok.eos_token_id:
@@ -145,7 +252,7 @@ def continue_prompt(model, tok, ids, config, device, on_token=None):
             if on_token:
                 on_token(token)
     new = torch.stack(rows, dim=1).tolist()             # also waits for the device
-    speed = config.num_samples * len(rows) / (time.perf_counter() - start)
+    speed = config.num_samples * (len(rows) - 1) / (time.perf_counter() - start)
     ends = [row.index(tok.eos_token_id) if tok.eos_token_id in row else len(row) for row in new]
     return [ids + row[:end] for row, end in zip(new, ends)], speed
 
@@ -187,8 +294,8 @@ def main(argv):
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    dtype, _ = choose_dtype(config.dtype, device)
-    model = build_model(checkpoint).to(device, dtype)
+    dtype, _ = choose_dtype(config.dtype, device, training=False)
+    model = to_dtype(build_model(checkpoint).to(device), dtype)
 
     if not config.grid:
         ids = encode_prompt(tok, config.prompt, model.config.block_size)

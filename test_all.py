@@ -20,11 +20,13 @@ from hypothesis import given, settings, strategies as st
 
 import bench
 import data
+import model_gpt
 import sample
 import train
 from data import UserError
 from model_gpt import GPT, GPTConfig, fused_attention, manual_attention
-from model_lstm import LSTM, LSTMConfig, Scan
+from model_lstm import LSTM, Block, LSTMConfig, Scan, manual_recurrence, plain_recurrence
+from sample import Int8Weight
 
 HERE = Path(__file__).parent
 TINY = {"gpt": {"block_size": 16, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 16},
@@ -166,6 +168,18 @@ def test_lstm_equals_nn_lstm():
         assert torch.allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_plain_recurrence_equals_the_scan(dtype):
+    """The textbook equations of generation against the in-place ones of training."""
+    torch.manual_seed(0)
+    T, B, E, H = 9, 3, 5, 7
+    block = Block(LSTMConfig(n_hidden=H), E).to(dtype)
+    nn.init.normal_(block.weight_hh), nn.init.normal_(block.weight_ih)
+    x, h, c = torch.randn(T, B, E).to(dtype), torch.randn(B, H).to(dtype), torch.randn(B, H).to(torch.promote_types(dtype, torch.float32))
+    for a, b in zip(*(f(x, h, c, *block.parameters()) for f in (plain_recurrence, manual_recurrence))):
+        assert a.dtype == b.dtype and torch.allclose(a, b, atol=1e-12 if dtype == torch.float64 else 0.05)
+
+
 def test_scan_gradcheck():
     torch.manual_seed(0)
     T, B, H = 4, 2, 3
@@ -290,15 +304,91 @@ def test_impossible_sizes_are_refused(name, changes):
 
 # ---------------------------------------------------------------------------------------------- generation
 
+def continuation(model, idx, n, mode, **settings):
+    """(B, n) tokens that generate draws, always with the same seed."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.stack(list(sample.generate(model, idx, n, generator=generator, mode=mode, **settings)), 1)
+
+
 @BOTH
-def test_cached_and_naive_generation_agree_past_block_size(name):
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.8, "temperature": 0.7}, {"temperature": 0.0}])
+def test_all_ways_to_generate_emit_the_same_tokens(name, settings, monkeypatch):
+    """naive, cached, and graph, past block_size (16). Without CUDA the graph is played by the captured function itself, the
+    GPT's fixed shapes of a device by hiding that a CPU's memory can be read."""
     model, idx = make(name), tokens(2, 5)
-    runs = []
-    for cached in (True, False):
-        generator = torch.Generator().manual_seed(3)
-        runs.append(torch.stack(list(sample.generate(model, idx, 50, generator=generator, cached=cached)), 1))
-    assert runs[0].shape == (2, 50)         # block_size is 16
-    assert torch.equal(*runs)
+    naive = continuation(model, idx, 50, "naive", **settings)
+    assert naive.shape == (2, 50)
+    assert torch.equal(naive, continuation(model, idx, 50, "cached", **settings))
+    monkeypatch.setattr(model_gpt, "on_host", lambda t: False)
+    monkeypatch.setattr(sample, "capture", lambda function: function)
+    assert torch.equal(naive, continuation(model, idx, 50, "graph", **settings))
+
+
+@BOTH
+def test_a_decode_step_never_looks_at_a_value_on_the_device(name):
+    """What makes it fit for a CUDA graph. Tensors on the meta device have no values: a look at one would raise."""
+    with torch.device("meta"):
+        model, settings = make(name), {"top_k": 5, "top_p": 0.9}
+        state, newest = model.init_state(3), torch.zeros(3, 1, dtype=torch.int64)
+        logits, new = model.step(newest, state)
+        assert all(a is b for a, b in zip(state, new))      # written in place, where the next replay reads it
+        assert sample.pick(logits, 0.8, **settings, uniform=torch.rand(3, 1)).shape == (3,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("batch", [1, 3])
+@BOTH
+def test_a_cuda_graph_emits_the_tokens_of_the_other_ways(name, batch):
+    model, idx = make(name).cuda(), tokens(batch, 5).cuda()
+    runs = [continuation(model, idx, 50, mode).cpu() for mode in ("graph", "cached", "naive")]
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[0], continuation(model, idx, 50, "graph").cpu())
+
+
+@BOTH
+def test_a_row_of_a_batch_is_generated_as_if_alone(name):
+    model, idx = make(name), tokens(3, 5)
+    together = continuation(model, idx, 30, "cached", temperature=0.0)
+    for row in range(3):
+        assert torch.equal(together[row:row + 1], continuation(model, idx[row:row + 1], 30, "cached", temperature=0.0))
+
+
+@BOTH
+@pytest.mark.parametrize("round_activations", [True, False])      # as on a CPU, as on MPS
+def test_int8_weights_are_the_floats_rounded_per_output_channel(name, round_activations, monkeypatch):
+    sizes = {"vocab_size": 64, "n_embd": 32, **({"n_hidden": 32} if name == "lstm" else {})}     # tiles of 32, as MPS needs
+    model, rounded, idx = make(name, **sizes), make(name, **sizes), tokens(2, 16)
+    weights = {f"{n}.{k}": p for n, m in rounded.named_modules() for k, p in m.named_parameters(recurse=False)
+               if p.dim() == 2 and not isinstance(m, nn.Embedding)}
+    with torch.no_grad():
+        for w in weights.values():
+            scale = w.abs().amax(1, keepdim=True) / 127
+            w.copy_((w / scale).round() * scale)
+    if not round_activations:
+        monkeypatch.setattr(sample, "Int8Weight", lambda w, round_activations: Int8Weight(w.bfloat16(), False))
+    sample.to_dtype(model, torch.int8)
+    assert sum(isinstance(w, Int8Weight) for m in model.modules() for w in vars(m).values()) == len(weights) > 5
+    with torch.no_grad():
+        if not round_activations:       # the kernel multiplies bfloat16 on a CPU
+            model.to(torch.bfloat16), rounded.to(torch.bfloat16)
+        got, exact = model(idx)[0].float(), rounded(idx)[0].float()
+    assert (got - exact).norm() < 0.05 * exact.norm() and not torch.equal(got, exact)
+    assert torch.equal(continuation(model, idx, 20, "cached"), continuation(model, idx, 20, "cached"))
+
+
+def test_int8_is_refused_on_cuda_and_mps_generates_in_half_precision():
+    with pytest.raises(UserError, match="for cpu and mps"):
+        train.choose_dtype("int8", torch.device("cuda"))
+    assert train.choose_dtype("auto", torch.device("mps"), training=False)[0] == torch.float16
+    assert train.choose_dtype("auto", torch.device("mps"))[0] == torch.float32
+    with pytest.raises(TypeError, match="no more than F.linear"):
+        torch.mm(torch.ones(2, 2), Int8Weight(torch.ones(2, 2), True))
+
+
+def test_onednn_is_back_after_each_token():
+    stream = sample.generate(make("gpt"), tokens(1, 5), 3)
+    for _ in stream:
+        assert torch.backends.mkldnn.enabled
 
 
 @BOTH
@@ -327,7 +417,7 @@ def test_gpt_state_refuses_more_than_block_size():
 def test_samples_follow_softmax_of_logits_over_temperature(temperature):
     logits = torch.linspace(-2, 2, 20)
     n = 40_000
-    drawn = sample.pick(logits.expand(n, 20), temperature, generator=torch.Generator().manual_seed(0))
+    drawn = sample.pick(logits.expand(n, 20), temperature, uniform=torch.rand(n, 1, generator=torch.Generator().manual_seed(0)))
     expected = n * (logits / temperature).softmax(0)
     chi_square = ((torch.bincount(drawn, minlength=20) - expected) ** 2 / expected).sum()
     assert chi_square < 43.8        # 19 degrees of freedom, p = 0.001
@@ -972,7 +1062,10 @@ def test_bench_measures_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "MODELS", {k: (m, small[k], d) for k, (m, _, d) in train.MODELS.items()})
     bench.main(["--device=cpu", "--new_tokens=40", "--repeats=2", f"--out_dir={tmp_path}"])
     report = json.loads((tmp_path / "bench.json").read_text())
-    assert {(r["model"], r["mode"]) for r in report["generation"]} == {(m, k) for m in small for k in ("naive", "cached")}
+    dtypes = [("naive", "float32"), ("cached", "float32"), ("cached", "int8")]
+    fast = str(train.choose_dtype("auto", torch.device("cpu"))[0]).removeprefix("torch.")
+    assert {(r["model"], r["mode"], r["dtype"]) for r in report["generation"]} == \
+        {(m, *kind) for m in small for kind in [*dtypes, ("cached", fast)]}
     for row in report["generation"]:
         assert row["tokens_per_second"] > 0 and row["bandwidth_share"] > 0
         naive = next(r for r in report["generation"] if r["model"] == row["model"])

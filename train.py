@@ -122,14 +122,18 @@ def choose_device(name="auto"):
     return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
 
 
-def choose_dtype(name, device):
-    """-> the torch.dtype of the matrix products, and why.
+def choose_dtype(name, device, training=True):
+    """-> the torch.dtype of the matrix products, and why. Raises UserError where int8 is not to be had.
 
     cuda: bfloat16 from Ampere on, else float16. cpu: bfloat16 where the processor multiplies it (AVX512-BF16, AMX);
-    elsewhere it would be emulated, slower than float32. mps: float32.
+    elsewhere it would be emulated, slower than float32. mps: float32 to train, float16 to generate.
     """
+    if name == "int8" and device.type == "cuda":
+        raise UserError("--dtype=int8 is for cpu and mps: leave --dtype out")
     if name != "auto":
         return getattr(torch, name), "as asked"
+    if device.type == "mps" and not training:
+        return torch.float16, "half the bytes to read"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "this GPU has bfloat16"
