@@ -43,6 +43,33 @@ def on_host(t):
     return t.device.type == "cpu"
 
 
+class CrossEntropy(torch.autograd.Function):
+    """Mean cross entropy, in nats, of logits (N, V) against targets (N,): F.cross_entropy for a large vocabulary.
+
+    In float32, since a softmax over 32,000 terms loses too much in half precision, but a few rows at a time: of the
+    whole there are never more than the logits and their gradient, in the dtype they came in, where autograd would hold
+    four or five copies, two of them in float32. The backward pass computes the softmax again from one number per row.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.rows = 64 if on_host(logits) else 4096      # 8 MB of float32, which a CPU's cache holds; few launches on a GPU
+        log_sum = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(ctx.rows)])     # (N,)
+        ctx.save_for_backward(logits, targets, log_sum)
+        return (log_sum - logits.gather(1, targets[:, None])[:, 0].float()).mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss):
+        logits, targets, log_sum = ctx.saved_tensors
+        d = torch.empty_like(logits)
+        for out, rows, target, ls in zip(*(t.split(ctx.rows) for t in (d, logits, targets, log_sum))):
+            p = (rows.float() - ls[:, None]).exp_()                     # softmax
+            p[torch.arange(len(p), device=p.device), target] -= 1
+            torch.mul(p, d_loss / len(logits), out=out)
+        return d, None
+
+
 def manual_attention(q, k, v, mask):
     """Softmax(q k^T / sqrt(hs)) v (Vaswani et al. 2017), written out.
 
@@ -172,8 +199,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
-        # float32: a softmax over 32,000 terms loses too much in half precision
-        return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
+        return logits, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
 
     def init_state(self, batch_size):
         """An empty KV cache, allocated once: keys and values (n_layer, 2, B, nh, block_size, hs), and how many tokens

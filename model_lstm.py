@@ -16,6 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from model_gpt import CrossEntropy
+
 
 @dataclass
 class LSTMConfig:
@@ -52,6 +54,19 @@ def plain_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
     return torch.stack(y), h, c
 
 
+def multiplier(weight, batch_size):
+    """-> a function x (B, K) -> x weight^T (B, N), for a weight that is used many times.
+
+    A CPU's kernel wants the weight in tiles. PyTorch cuts them anew at every call, which takes longer than multiplying
+    so few rows; oneDNN can do it once.
+    """
+    if weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available() \
+            and not torch.compiler.is_compiling():
+        tiles = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch_size)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, tiles, None, "none", [], "")
+    return lambda x: F.linear(x, weight)
+
+
 class Scan(torch.autograd.Function):
     """The same recurrence, in place and with its backward through time by hand, for training.
 
@@ -67,8 +82,9 @@ class Scan(torch.autograd.Function):
         h = xg.new_empty(T + 1, B, H)                                   # h[t] is the state before step t
         c = c0.new_empty(T + 1, B, H, dtype=torch.promote_types(xg.dtype, torch.float32))
         h[0], c[0] = h0, c0
+        times_w_hh = multiplier(w_hh, B)
         for t in range(T):
-            torch.addmm(xg[t], h[t], w_hh.t(), out=gates[t])            # all that cannot leave the loop
+            torch.add(xg[t], times_w_hh(h[t]), out=gates[t])            # all that cannot leave the loop
             i, f, g, o = gates[t].chunk(4, dim=1)
             gates[t, :, :2 * H].sigmoid_(), g.tanh_(), o.sigmoid_()     # i and f lie side by side
             torch.addcmul(f * c[t], i, g, out=c[t + 1])
@@ -80,20 +96,27 @@ class Scan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dh_out, dc):
         gates, h, c, w_hh = ctx.saved_tensors
-        d = torch.empty_like(gates)                                     # gradient before the activations
+        T, B, H = dh_out.shape
+        i, f, g, o = gates.chunk(4, dim=2)
+        tanh_c = c[1:].tanh()
+        # What each step multiplies by, for all steps at once: the derivatives of c_t and h_t by the gates before their
+        # activations (sigmoid' = s (1 - s), tanh' = 1 - tanh^2), and of h_t by c_t.
+        d = torch.empty_like(gates)
+        di, df, dg, do = d.chunk(4, dim=2)
+        torch.mul(g, i * (1 - i), out=di)
+        torch.mul(c[:-1], f * (1 - f), out=df)
+        torch.mul(i, 1 - g * g, out=dg)
+        torch.mul(tanh_c, o * (1 - o), out=do)
+        dh_dc = o * (1 - tanh_c * tanh_c)
         dh = torch.zeros_like(dh_out[0])                                # what step t + 1 sends back to h_t
-        for t in reversed(range(len(gates))):
-            i, f, g, o = gates[t].chunk(4, dim=1)
-            di, df, dg, do = d[t].chunk(4, dim=1)
-            tanh_c = c[t + 1].tanh()
+        times_w_hh = multiplier(w_hh.t(), B)
+        for t in reversed(range(T)):
             dh = dh + dh_out[t]
-            dc = dc + dh * o * (1 - tanh_c * tanh_c)
-            torch.mul(dc * g, i * (1 - i), out=di)                      # sigmoid' = s (1 - s)
-            torch.mul(dc * c[t], f * (1 - f), out=df)
-            torch.mul(dc * i, 1 - g * g, out=dg)                        # tanh' = 1 - tanh^2
-            torch.mul(dh * tanh_c, o * (1 - o), out=do)
-            dc = dc * f
-            dh = d[t] @ w_hh
+            dc = torch.addcmul(dc, dh, dh_dc[t])
+            d[t, :, :3 * H].view(B, 3, H).mul_(dc[:, None])             # now the gradient of the loss
+            do[t].mul_(dh)
+            dc = dc * f[t]
+            dh = times_w_hh(d[t])
         dw_hh = d.flatten(0, 1).t() @ h[:-1].flatten(0, 1)              # one matmul over all T * B rows
         return d, dw_hh, dh, dc.to(c.dtype)
 
@@ -127,11 +150,11 @@ class Block(nn.Module):
         self.bias_ih = nn.Parameter(torch.empty(4 * H))
         self.bias_hh = nn.Parameter(torch.empty(4 * H))                 # redundant, but the report counts it
 
-    def forward(self, x, h, c):
+    def forward(self, x, h, c, recurrence):
         """x (T, B, n_input), state h and c (B, H) -> y (T, B, H) and the new h and c."""
         # one token costs cuDNN more in packing its weights than in arithmetic; before 9.13 it had no bfloat16
-        fast = self.cudnn and x.is_cuda and len(x) > 1 and torch.backends.cudnn.version() >= 91300
-        recurrence = cudnn_recurrence if fast else manual_recurrence if torch.is_grad_enabled() else plain_recurrence
+        if self.cudnn and x.is_cuda and len(x) > 1 and torch.backends.cudnn.version() >= 91300:
+            recurrence = cudnn_recurrence
         y, h, c = recurrence(x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         y = F.dropout(y, self.dropout, self.training)
         # The identity lets the gradient reach every layer: without it, it must pass through the gates of
@@ -160,13 +183,13 @@ class LSTM(nn.Module):
         for p in self.blocks.parameters():
             nn.init.uniform_(p, -bound, bound)
 
-    def _hidden(self, idx, state):
+    def _hidden(self, idx, state, recurrence=manual_recurrence):
         """idx (B, T), state before it -> (T, B, H) just before the head, and the state after it."""
         # time first: the slice of one step is then one contiguous piece of memory
         x = F.dropout(self.wte(idx.t()), self.config.dropout, self.training)
         hs, cs = [], []
         for block, h, c in zip(self.blocks, *state):
-            x, h, c = block(x, h, c)
+            x, h, c = block(x, h, c, recurrence)
             hs.append(h), cs.append(c)
         return x, hs, cs
 
@@ -181,8 +204,7 @@ class LSTM(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
-        # float32: a softmax over 32,000 terms loses too much in half precision
-        return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
+        return logits, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
 
     def init_state(self, batch_size):
         """(h, c), each (n_layer, B, H): all that the model remembers of its past. All zeros: zeroing a state empties it."""
@@ -193,7 +215,7 @@ class LSTM(nn.Module):
     @torch.no_grad()
     def step(self, idx, state):
         """Consume idx (B, T), T >= 1 new tokens; return logits (B, V) after the last, and the state, written in place."""
-        x, *new = self._hidden(idx, state)
+        x, *new = self._hidden(idx, state, plain_recurrence)
         for kept, layers in zip(state, new):
             torch.stack(layers, out=kept)
         return self.lm_head(x[-1]), state

@@ -156,7 +156,7 @@ def test_lstm_equals_nn_lstm():
     state = [torch.randn(L, B, H, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     y, hs, cs = x, [], []
     for block, h, c in zip(ours.blocks, *state):
-        y, h, c = block(y, h, c)
+        y, h, c = block(y, h, c, manual_recurrence)
         hs.append(h), cs.append(c)
     expected, (h, c) = theirs(x, tuple(state))
     weights = [torch.randn_like(t) for t in (expected, h, c)]       # so that all three outputs send gradients back
@@ -174,7 +174,8 @@ def test_plain_recurrence_equals_the_scan(dtype):
     torch.manual_seed(0)
     T, B, E, H = 9, 3, 5, 7
     block = Block(LSTMConfig(n_hidden=H), E).to(dtype)
-    nn.init.normal_(block.weight_hh), nn.init.normal_(block.weight_ih)
+    for p in block.parameters():
+        nn.init.normal_(p)
     x, h, c = torch.randn(T, B, E).to(dtype), torch.randn(B, H).to(dtype), torch.randn(B, H).to(torch.promote_types(dtype, torch.float32))
     for a, b in zip(*(f(x, h, c, *block.parameters()) for f in (plain_recurrence, manual_recurrence))):
         assert a.dtype == b.dtype and torch.allclose(a, b, atol=1e-12 if dtype == torch.float64 else 0.05)
@@ -191,7 +192,8 @@ def test_lstm_residual_adds_the_identity_and_no_parameter():
     plain, skip = make("lstm", residual=False), make("lstm", residual=True)
     assert plain.num_params() == skip.num_params()
     x, state = torch.randn(4, 2, 20), torch.zeros(2, 20)
-    assert torch.allclose(skip.blocks[1](x, state, state)[0], x + plain.blocks[1](x, state, state)[0])
+    for recurrence in (manual_recurrence, plain_recurrence):
+        assert torch.allclose(skip.blocks[1](x, state, state, recurrence)[0], x + plain.blocks[1](x, state, state, recurrence)[0])
     assert not skip.blocks[0].residual      # 12 channels in, 20 out: no identity there
 
 
@@ -371,7 +373,7 @@ def test_int8_weights_are_the_floats_rounded_per_output_channel(name, round_acti
     with torch.no_grad():
         if not round_activations:       # the kernel multiplies bfloat16 on a CPU
             model.to(torch.bfloat16), rounded.to(torch.bfloat16)
-        got, exact = model(idx)[0].float(), rounded(idx)[0].float()
+        got, exact = (m.step(idx, m.init_state(2))[0].float() for m in (model, rounded))
     assert (got - exact).norm() < 0.05 * exact.norm() and not torch.equal(got, exact)
     assert torch.equal(continuation(model, idx, 20, "cached"), continuation(model, idx, 20, "cached"))
 
