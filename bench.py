@@ -1,44 +1,52 @@
-"""Time generation with the report's full-size models (random weights), on every device present.
+"""Time generation, or training, of the report's full-size models (random weights), on every device present.
 
     python bench.py                             # both models on cuda, mps and cpu, whichever are here
     python bench.py --model=gpt --device=cpu --new_tokens=64
     python bench.py --device=cuda --batch_size=32
+    python bench.py --train=True                # training steps, from the report's recipe to the tuned one
     python bench.py --help
 
 naive: the whole context is computed anew for each token, as the report did; cached: only the newest token is; graph:
-that in one launch. Prints a table, writes outputs/bench.json and outputs/bench.png. Times sample.py's own loop.
+that in one launch. Prints a table, writes outputs/bench.json and a bar chart. Times the code of sample.py and train.py.
 """
 import json
 import statistics
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn as nn
 
 import data
+from model_gpt import GPT
+from model_lstm import LSTM
 from sample import generate, to_dtype
-from train import MODELS, choose_device, choose_dtype, device_name, devices_present, keep_freed_memory, write_whole
+from train import MODELS, RECIPES, TrainConfig, choose_device, choose_dtype, device_name, devices_present, keep_freed_memory, \
+    make_optimizer, peak_memory_gb, set_matmul_precision, write_whole
 
 PROMPT_TOKENS = 8
-REPORT = "the report, naive: Transformer 16.5 tokens/s on an A40, 13 on an M4; LSTM 16.5 on an A40, 4 on an M4"
+REPORT = {"generation": "the report, naive: Transformer 16.5 tokens/s on an A40, 13 on an M4; LSTM 16.5 on an A40, 4 on an M4",
+          "training": "the report, on an A40: Transformer 7,852 tokens/s"}
 
 
 @dataclass
 class BenchConfig:
     model: Literal["all", "gpt", "lstm"] = "all"    # which to time
     device: Literal["all", "cuda", "mps", "cpu"] = "all"    # where; all: every device present
+    train: bool = False             # time training steps instead of generation
     new_tokens: int = 248           # tokens to generate after a prompt of 8; 248 fills the GPT's window of 256
-    batch_size: int = 1             # sequences at once; tokens/s counts all of them
+    batch_size: int = 0             # sequences at once; tokens/s counts all of them; 0: 1, to train the report's 32
     repeats: int = 3                # runs of which the median counts
     out_dir: str = "outputs"        # where bench.json and bench.png go
 
     def __post_init__(self):
         if self.new_tokens < 2:     # the first comes with the prompt's pass and is not timed
             raise ValueError("new_tokens must be at least 2")
-        if min(self.repeats, self.batch_size) < 1:
-            raise ValueError("repeats and batch_size must be at least 1")
+        if self.repeats < 1:
+            raise ValueError("repeats must be at least 1")
 
 
 def synchronize(device):
@@ -59,6 +67,7 @@ def seconds(function, device, repeats):
     return statistics.median(times)
 
 
+@lru_cache      # once per device, so that the shares of both models can be compared
 def read_bandwidth(device):
     """Bytes per second at which the device reads a gigabyte that no cache holds: the sum of a float32 vector."""
     x = torch.ones(2 ** 28, device=device)
@@ -118,18 +127,88 @@ def bench_generation(name, device, config):
     return rows
 
 
+class TorchLSTM(LSTM):
+    """The same language model on PyTorch's own nn.LSTM, without skips: what the report's RNN most likely was."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.blocks = nn.LSTM(config.n_embd, config.n_hidden, config.n_layer)
+
+    def _hidden(self, idx, state):
+        return self.blocks(self.wte(idx.t()))[0], None, None
+
+
+def training_rows(name, device):
+    """What to time: (label, model class, changes to its config, dtype, recipe of the optimizer, compiled), each row one
+    change on top of the row above."""
+    fast, cuda = choose_dtype("auto", device)[0], device.type == "cuda"
+    if name == "gpt":
+        rows = [("report: float32, attention by hand", GPT, {"fused_attention": False}, torch.float32, "report", False),
+                ("mixed precision", GPT, {"fused_attention": False}, fast, "report", False),
+                ("fused attention", GPT, {}, fast, "report", False),
+                ("fused AdamW", GPT, {}, fast, "tuned", False)]
+        return rows + [("torch.compile", GPT, {}, fast, "tuned", True)] * cuda
+    plain = {"residual": False, "cudnn": False}
+    return [("report: nn.LSTM, float32", TorchLSTM, {}, torch.float32, "report", False),
+            ("nn.LSTM, mixed precision", TorchLSTM, {}, fast, "report", False),
+            ("by hand, float32", LSTM, plain, torch.float32, "report", False),
+            ("by hand, mixed precision", LSTM, plain, fast, "report", False),
+            *[("cuDNN on the same weights", LSTM, {"residual": False}, fast, "report", False)] * cuda,
+            ("fused AdamW, skips", LSTM, {}, fast, "tuned", False)]
+
+
+def training_speed(model, dtype, recipe, compiled, device, config):
+    """Tokens per second of train.py's step: forward, backward, clipping where the recipe has it, optimizer."""
+    settings = data.configure(TrainConfig, RECIPES[recipe])
+    optimizer, stepped = make_optimizer(model, settings), torch.compile(model) if compiled else model
+    idx = torch.randint(model.config.vocab_size, (config.batch_size, model.config.block_size + 1), device=device)
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = stepped(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        if settings.grad_clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()                                              # warm up: compilation, allocations, the optimizer's moments
+    return config.batch_size * model.config.block_size / seconds(step, device, config.repeats)
+
+
+def bench_training(name, device, config):
+    """One row per change, as in bench.json; the ratio is to the first."""
+    rows, (model_class, config_class, _) = [], MODELS[name]
+    with torch.device("meta"):
+        flops = model_class(config_class()).flops_per_token()
+    for label, model_class, changes, dtype, recipe, compiled in training_rows(name, device):
+        torch.manual_seed(0)
+        set_matmul_precision(dtype)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        speed = training_speed(model_class(config_class(**changes)).to(device), dtype, recipe, compiled, device, config)
+        rows.append({"model": name, "device": device.type, "change": label, "dtype": str(dtype).removeprefix("torch."),
+                     "batch_size": config.batch_size, "tokens_per_second": round(speed, 1),
+                     "ratio": round(speed / rows[0]["tokens_per_second"], 2) if rows else 1.0,
+                     "tflops": round(speed * flops / 1e12, 3), "peak_memory_gb": peak_memory_gb(device)})
+        row = rows[-1]
+        print(f"{name:<6}{device.type:<6}{label:<36}{row['dtype']:<10}{speed:>11,.0f} tokens/s{row['ratio']:>7.2f}x"
+              f"{row['tflops']:>8.2f} TFLOP/s{row['peak_memory_gb']:>7.1f} GB", flush=True)
+    return rows
+
+
 def plot_bars(rows, path, title):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    labels = [f"{r['model']} {r['device']}\n{r['mode']} {r['dtype']}" for r in rows]
+    labels = [f"{r['model']} {r['device']}\n{r['change'] if 'change' in r else r['mode'] + ' ' + r['dtype']}" for r in rows]
     figure, panel = plt.subplots(figsize=(10, 1 + 0.6 * len(rows)), layout="constrained")
-    colors = [{"naive": "tab:gray", "cached": "tab:blue", "graph": "tab:green"}[r["mode"]] for r in rows]
+    colors = [{"naive": "tab:gray", "graph": "tab:green"}.get(r.get("mode"), "tab:blue") for r in rows]
     bars = panel.barh(labels, [r["tokens_per_second"] for r in rows], color=colors)
-    labels = [f"{r['tokens_per_second']:.1f} ({r['ratio_to_naive']:.1f}x)" for r in rows]
+    labels = [f"{r['tokens_per_second']:,.1f} ({r.get('ratio_to_naive', r.get('ratio')):.1f}x)" for r in rows]
     panel.bar_label(bars, labels, padding=4, fontsize=12)
     panel.invert_yaxis()
-    panel.margins(x=0.15)
+    panel.margins(x=0.2)
     panel.tick_params(labelsize=12)
     panel.set_xlabel("tokens/s", fontsize=13)
     panel.set_title(title, fontsize=13)
@@ -139,22 +218,31 @@ def plot_bars(rows, path, title):
 
 def main(argv):
     config = data.configure(BenchConfig, data.parse_args(argv, __doc__, BenchConfig))
+    config.batch_size = config.batch_size or (32 if config.train else 1)
     devices = [choose_device(d) for d in (devices_present() if config.device == "all" else [config.device])]
     out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     machine = "; ".join(device_name(d) for d in devices) + f"; torch {torch.__version__}"
-    print(f"{machine}; prompt {PROMPT_TOKENS}, {config.new_tokens} new tokens, batch {config.batch_size}")
+    kind, bench, picture = ("training", bench_training, "bench_training.png") if config.train else \
+                           ("generation", bench_generation, "bench.png")
+    what = f"{kind} at batch {config.batch_size}"
+    print(f"{machine}; {what}" + ("" if config.train else f", prompt {PROMPT_TOKENS}, {config.new_tokens} new tokens"))
     rows = []
     for name in MODELS if config.model == "all" else [config.model]:
         for device in devices:
-            rows += bench_generation(name, device, config)
-    print(REPORT)
-    report = {"machine": machine, "new_tokens": config.new_tokens, "batch_size": config.batch_size,
-              "generation": rows, "training": []}
-    write_whole(out_dir / "bench.json", lambda p: p.write_text(json.dumps(report, indent=1), encoding="utf-8"))
-    plot_bars(rows, out_dir / "bench.png", f"Generation at batch {config.batch_size}, {machine}")
-    print(f"written: {out_dir}/bench.json, {out_dir}/bench.png")
+            rows += bench(name, device, config)
+    print(REPORT[kind])
+    path, report = out_dir / "bench.json", {"machine": machine, "generation": [], "training": []}
+    try:                    # the other kind's rows are kept, if they are of this machine
+        before = json.loads(path.read_text(encoding="utf-8"))
+        report = before if before["machine"] == machine else report
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    report[kind] = rows
+    write_whole(path, lambda p: p.write_text(json.dumps(report, indent=1), encoding="utf-8"))
+    plot_bars(rows, out_dir / picture, f"{what.capitalize()}, {machine}")
+    print(f"written: {path}, {out_dir / picture}")
 
 
 if __name__ == "__main__":

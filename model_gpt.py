@@ -66,7 +66,7 @@ class CrossEntropy(torch.autograd.Function):
         for out, rows, target, ls in zip(*(t.split(ctx.rows) for t in (d, logits, targets, log_sum))):
             p = (rows.float() - ls[:, None]).exp_()                     # softmax
             p[torch.arange(len(p), device=p.device), target] -= 1
-            torch.mul(p, d_loss / len(logits), out=out)
+            out.copy_(p.mul_(d_loss / len(logits)))
         return d, None
 
 
@@ -79,7 +79,7 @@ def manual_attention(q, k, v, mask):
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))        # (B, nh, T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))           # a token must not see its future
-    return scores.softmax(dim=-1) @ v                           # each row: a weighted mean of the values
+    return scores.softmax(dim=-1) @ v                               # each row: a weighted mean of the values
 
 
 def fused_attention(q, k, v, mask):
@@ -181,7 +181,7 @@ class GPT(nn.Module):
             S = int(pos) + T if on_host(pos) else self.config.block_size
             caches = caches[..., :S, :]
         if max(S, T) > self.config.block_size:
-            raise ValueError(f"{S} tokens do not fit in block_size {self.config.block_size}")
+            raise ValueError(f"{max(S, T)} tokens do not fit in block_size {self.config.block_size}")
         x = self.wte(idx) + self.wpe.weight[positions]
         x = F.dropout(x, self.config.dropout, self.training)
         mask = None if T == 1 and state is not None and on_host(pos) else self.mask[positions, :S]

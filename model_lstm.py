@@ -60,8 +60,9 @@ def multiplier(weight, batch_size):
     A CPU's kernel wants the weight in tiles. PyTorch cuts them anew at every call, which takes longer than multiplying
     so few rows; oneDNN can do it once.
     """
-    if weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available() \
-            and not torch.compiler.is_compiling():
+    onednn = weight.is_cpu and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+    if onednn and (weight.dtype == torch.float32 or
+                   weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         tiles = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch_size)
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, tiles, None, "none", [], "")
     return lambda x: F.linear(x, weight)

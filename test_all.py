@@ -24,8 +24,8 @@ import model_gpt
 import sample
 import train
 from data import UserError
-from model_gpt import GPT, GPTConfig, fused_attention, manual_attention
-from model_lstm import LSTM, Block, LSTMConfig, Scan, manual_recurrence, plain_recurrence
+from model_gpt import GPT, CrossEntropy, GPTConfig, fused_attention, manual_attention
+from model_lstm import LSTM, Block, LSTMConfig, Scan, manual_recurrence, multiplier, plain_recurrence
 from sample import Int8Weight
 
 HERE = Path(__file__).parent
@@ -179,6 +179,30 @@ def test_plain_recurrence_equals_the_scan(dtype):
     x, h, c = torch.randn(T, B, E).to(dtype), torch.randn(B, H).to(dtype), torch.randn(B, H).to(torch.promote_types(dtype, torch.float32))
     for a, b in zip(*(f(x, h, c, *block.parameters()) for f in (plain_recurrence, manual_recurrence))):
         assert a.dtype == b.dtype and torch.allclose(a, b, atol=1e-12 if dtype == torch.float64 else 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_pytorchs_and_keeps_nothing_but_the_logits(dtype):
+    torch.manual_seed(0)
+    logits, targets = (3 * torch.randn(150, 40)).to(dtype).requires_grad_(), torch.randint(40, (150,))  # 64 + 64 + 22 rows
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = CrossEntropy.apply(logits, targets)
+    expected = nn.functional.cross_entropy(logits.float(), targets)
+    assert loss.dtype == torch.float32 and torch.allclose(loss, expected, atol=1e-6)
+    assert [t.shape for t in kept if t.dim() == 2] == [logits.shape] and sum(t.numel() for t in kept) == 150 * 42
+    for scale in (1.0, 1024.0):     # GradScaler's
+        got, want = (torch.autograd.grad(scale * x, logits, retain_graph=True)[0] for x in (loss, expected))
+        assert got.dtype == dtype and torch.allclose(got, want, atol=1e-7 * scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_tiled_weight_multiplies_as_before(dtype):
+    torch.manual_seed(0)
+    for w in (torch.randn(24, 10).to(dtype), torch.randn(10, 24).to(dtype).t()):
+        for rows in (1, 5):
+            x = torch.randn(rows, 10).to(dtype)
+            assert torch.allclose(multiplier(w, 5)(x), x @ w.t(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
 
 
 def test_scan_gradcheck():
@@ -890,19 +914,55 @@ def test_time_budget_ends_a_run(here):
     assert 0.03 <= results["minutes"] < 0.2 and results["steps"] > 0
 
 
-def test_two_processes_equal_one(here):
-    """DistributedDataParallel on gloo: the same global batches, so the same curve to rounding."""
-    one = run_tiny("lstm", "out/one", "--max_iters=8")
+def torchrun(*keys):
     result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                             str(HERE / "train.py"), "--model=lstm", "--dataset=tiny", *TINY_KEYS["lstm"], "--batch_size=8",
-                             "--eval_interval=4", "--eval_iters=1", "--warmup=2", "--dtype=float32", "--max_iters=8",
-                             "--out_dir=out/two"], capture_output=True, text=True, timeout=120,
+                             str(HERE / "train.py"), *keys], capture_output=True, text=True, timeout=120,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_two_processes_equal_one(here):
+    """DistributedDataParallel on gloo, stopped by its step budget and resumed: the same global batches as one process in one
+    go, so the same curve to rounding. Only one of the two writes."""
+    one = run_tiny("lstm", "out/one", "--max_iters=8", "--schedule=constant", "--gradient_accumulation_steps=2")
+    out = torchrun("--model=lstm", "--dataset=tiny", *TINY_KEYS["lstm"], "--batch_size=8", "--eval_interval=4", "--eval_iters=1",
+                   "--warmup=2", "--dtype=float32", "--max_iters=4", "--schedule=constant", "--gradient_accumulation_steps=2",
+                   "--out_dir=out/two")
+    assert out.count("parameters;") == 1 and out.count("step 4: train") == 1
+    out = torchrun("--model=lstm", "--init_from=resume", "--max_iters=8", "--out_dir=out/two")
+    assert out.count("resumed at step 4") == 1
     two = json.loads(Path("out/two/results.json").read_text())
-    assert one["tokens_seen"] == two["tokens_seen"] and result.stdout.count("parameters;") == 1
+    assert one["tokens_seen"] == two["tokens_seen"] == 2 * 8 * 8 * 32
     for key in ("train_loss", "val_loss", "test_loss"):
         assert one[key] == pytest.approx(two[key], abs=1e-4)
+    curves = [[json.loads(line)["val_loss"] for line in Path(f"out/{run}/metrics.jsonl").open()] for run in ("one", "two")]
+    assert len(curves[0]) == 3 and curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+def test_the_time_budget_ends_all_processes_together(here):
+    torchrun("--dataset=tiny", *TINY_KEYS["gpt"], "--batch_size=8", "--eval_iters=1", "--max_minutes=0.03", "--out_dir=out/both")
+    results = json.loads(Path("out/both/results.json").read_text())
+    assert results["steps"] > 0 and 0.03 <= results["minutes"] < 0.3
+
+
+def test_slow_saves_are_spaced_out_and_stay_of_one_moment(here, monkeypatch):
+    """When a save takes long beside the steps, evaluations go on without one; the last one is always written."""
+    saves, write = [], train.write_whole
+
+    def slow(path, function):
+        write(path, function)
+        if path.suffix == ".pt":
+            saves.append(path.name)
+            time.sleep(0.2)
+
+    monkeypatch.setattr(train, "write_whole", slow)
+    run_tiny("gpt", "out/slow", "--max_iters=30", "--eval_interval=1", "--learning_rate=0.005")
+    last, best = (torch.load(f"out/slow/{name}.pt", weights_only=True) for name in ("last", "ckpt"))
+    assert len(last["metrics"]) == 31 and 2 <= saves.count("last.pt") <= 6 and last["step"] == 30
+    assert best["step"] == min(last["metrics"], key=lambda m: m["val_loss"])["step"]
+    results = json.loads(Path("out/slow/results.json").read_text())
+    assert results["best_step"] == best["step"] and 0 < results["data_wait_share"] < 0.5 and results["peak_memory_gb"] > 0.1
 
 
 def wandb_records(raw):
@@ -1073,6 +1133,21 @@ def test_bench_measures_and_writes(tmp_path, monkeypatch, capsys):
         naive = next(r for r in report["generation"] if r["model"] == row["model"])
         assert row["ratio_to_naive"] == pytest.approx(row["tokens_per_second"] / naive["tokens_per_second"], abs=0.01)
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG" and "16.5" in capsys.readouterr().out
+
+
+def test_bench_times_training_and_keeps_the_generation_rows(tmp_path, monkeypatch, capsys):
+    small = {"gpt": functools.partial(GPTConfig, n_layer=1, n_embd=24, vocab_size=100),
+             "lstm": functools.partial(LSTMConfig, n_layer=2, n_embd=16, n_hidden=24, vocab_size=100)}
+    monkeypatch.setattr(bench, "MODELS", {k: (m, small[k], d) for k, (m, _, d) in train.MODELS.items()})
+    keys = ["--device=cpu", "--repeats=1", f"--out_dir={tmp_path}"]
+    bench.main(["--new_tokens=4", "--model=gpt", *keys])
+    bench.main(["--train=True", "--batch_size=2", *keys])
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [r["mode"] for r in report["generation"]][0] == "naive"
+    changes = [r["change"] for r in report["training"]]
+    assert "report: float32, attention by hand" in changes and "report: nn.LSTM, float32" in changes and len(changes) >= 8
+    assert all(r["tokens_per_second"] > 0 and r["tflops"] >= 0 and r["batch_size"] == 2 for r in report["training"])
+    assert (tmp_path / "bench_training.png").exists() and "7,852" in capsys.readouterr().out
 
 
 def test_readme_commands_and_keys_exist():

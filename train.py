@@ -14,6 +14,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -143,6 +144,12 @@ def choose_dtype(name, device, training=True):
     return torch.float32, f"no fast bfloat16 arithmetic on this {device.type}"
 
 
+def set_matmul_precision(dtype):
+    """Where float32 remains beside a half precision, let CUDA round it to TF32's 10 bits; asked for float32, keep it."""
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+
+
 def keep_freed_memory():
     """On Linux, let malloc keep what it frees: by default each large tensor is handed back to the kernel, which
     zeroes its pages again for the next one, a fifth to a third of a training step on a CPU. Elsewhere: nothing."""
@@ -151,6 +158,16 @@ def keep_freed_memory():
     except (AttributeError, OSError, TypeError):
         return
     mallopt(-4, 0), mallopt(-1, -1)     # M_MMAP_MAX: no tensor in a mapping of its own; M_TRIM_THRESHOLD: never trim
+
+
+def peak_memory_gb(device):
+    """The most memory so far, in GB: what PyTorch held of the GPU's, else this process of the machine's (None: Windows)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    if sys.platform == "win32":
+        return None
+    import resource
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
 
 
 def device_name(device):
@@ -359,8 +376,7 @@ def main(argv):
 
     # Model and optimizer
     torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")     # high: TF32 on CUDA
-    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+    set_matmul_precision(dtype)
     model = model_class(model_config).to(device)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would be 0
@@ -410,7 +426,9 @@ def main(argv):
     model.train()
     start = time.time()
     best_val = min((m["val_loss"] for m in metrics), default=math.inf) if (out_dir / "ckpt.pt").exists() else math.inf
+    best, saved_at, save_seconds = None, 0.0, 0.0       # the best weights not yet on disk; the last save
     mark_time, mark_tokens = start, tokens_seen         # of the last evaluation's end, for tokens/s
+    waiting = training = 0.0                            # seconds for batches, and for whole steps
     bar = progress_bar(total=1.0, desc=config.model, disable=not main_process, smoothing=0,
                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     while True:
@@ -436,15 +454,24 @@ def main(argv):
             if main_process:
                 bar.write(f"step {step}: train {losses['train']:.4f}, val {losses['val']:.4f}, "
                           f"perplexity {perplexity(losses['val']):.2f}, {speed:,.0f} tokens/s")
-                common = {"format_version": FORMAT_VERSION, "step": step, "model": model.state_dict(),
-                          "config": asdict(config), "model_config": asdict(model_config),
-                          "data_sha256": meta["splits"]["train"]["sha256"]}
+                common = {"format_version": FORMAT_VERSION, "step": step, "config": asdict(config),
+                          "model_config": asdict(model_config), "data_sha256": meta["splits"]["train"]["sha256"]}
                 if losses["val"] < best_val:
-                    write_whole(out_dir / "ckpt.pt", lambda p: torch.save(common, p))
-                newest = {**common, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                          "tokens_seen": tokens_seen, "minutes": minutes_before + (time.time() - start) / 60,
-                          "metrics": metrics, "wandb_id": wandb_run.id if wandb_run else run_id}
-                write_whole(out_dir / "last.pt", lambda p: torch.save(newest, p))
+                    best = {**common, "model": {k: v.clone() for k, v in model.state_dict().items()}}
+                # A full-size last.pt is 1.6 GB: where evaluations are seconds apart, most are not worth a write. Saves
+                # take at most a twentieth of the time; both files are of one moment, so a resumed run knows its best.
+                if finished or time.time() - saved_at >= 20 * save_seconds:
+                    saved_at = time.time()
+                    if best:
+                        write_whole(out_dir / "ckpt.pt", lambda p: torch.save(best, p))
+                        best = None
+                    newest = {**common, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                              "scaler": scaler.state_dict(), "tokens_seen": tokens_seen,
+                              "minutes": minutes_before + (time.time() - start) / 60,
+                              "metrics": metrics, "wandb_id": wandb_run.id if wandb_run else run_id}
+                    write_whole(out_dir / "last.pt", lambda p: torch.save(newest, p))
+                    save_seconds = time.time() - saved_at
+                    saved_at += save_seconds
                 write_whole(out_dir / "metrics.jsonl", lambda p: p.write_text(
                     "".join(json.dumps(m) + "\n" for m in metrics), encoding="utf-8"))
                 if wandb_run:
@@ -454,13 +481,16 @@ def main(argv):
         if finished:
             break
 
+        step_start = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(config, step, minutes)
         torch.manual_seed(config.seed + step * world_size + rank)   # dropout, too, depends on the step alone
         for micro in range(config.gradient_accumulation_steps):
+            batch_start = time.perf_counter()
             windows = data.train_windows(n_windows["train"], step * config.gradient_accumulation_steps + micro,
                                          config.batch_size, config.seed, rank, world_size)
             idx, targets = data.get_batch(splits["train"], windows, T, device)
+            waiting += time.perf_counter() - batch_start
             last_micro = micro == config.gradient_accumulation_steps - 1     # processes exchange gradients only then
             with nullcontext() if world_size == 1 or last_micro else stepped.no_sync():
                 with autocast:
@@ -474,6 +504,7 @@ def main(argv):
         optimizer.zero_grad(set_to_none=True)
         step += 1
         tokens_seen += tokens_per_step
+        training += time.perf_counter() - step_start
         if main_process and step % config.log_interval == 0:
             speed = (tokens_seen - mark_tokens) / (time.time() - mark_time)
             bar.set_postfix_str(f"step {step}, loss {loss.item():.3f}, {speed:,.0f} tokens/s, "
@@ -494,7 +525,9 @@ def main(argv):
     results = {"test_loss": test_loss, "test_perplexity": perplexity(test_loss),
                **{k: best[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
                "best_step": best["step"], "steps": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 2),
-               "tokens_per_second": round(tokens_seen / max(minutes * 60, 1e-9), 1), "n_params": model.num_params(),
+               "tokens_per_second": round(tokens_seen / max(minutes * 60, 1e-9), 1),
+               "data_wait_share": round(waiting / max(training, 1e-9), 5), "peak_memory_gb": peak_memory_gb(device),
+               "n_params": model.num_params(),
                "device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
                "config": {**asdict(config), **asdict(model_config)}}
     if main_process:
