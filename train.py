@@ -541,6 +541,8 @@ def main(argv):
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if world_size > 1:
+        dist.barrier()      # together, and the model before its process group: else the last to leave can wait for ever
+        del stepped
         dist.destroy_process_group()
 
 
