@@ -139,8 +139,8 @@ class TorchLSTM(LSTM):
 
 
 def training_rows(name, device):
-    """What to time: (label, model class, changes to its config, dtype, recipe of the optimizer, compiled), each row one
-    change on top of the row above."""
+    """What to time, from the report's recipe to the tuned one: (label, model class, changes to its config, dtype, recipe of
+    the optimizer, compiled)."""
     fast, cuda = choose_dtype("auto", device)[0], device.type == "cuda"
     if name == "gpt":
         rows = [("report: float32, attention by hand", GPT, {"fused_attention": False}, torch.float32, "report", False),
