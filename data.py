@@ -142,11 +142,24 @@ def run(main):
 # ----------------------------------------------------------------------------------------------------------
 # Documents: a local file, SpeakLeash's plwiki, or mini.
 
+def cut(text, most=100_000):
+    """Yield text in parts of at most so many characters, ending at spaces where there are any: a tokenizer needs some 200
+    bytes of memory for each character of a text."""
+    start = 0
+    while start < len(text):
+        end = start + most
+        if end < len(text):
+            end = text.rfind(" ", start + most // 2, end) + 1 or end
+        yield text[start:end]
+        start = end
+
+
 def read_documents(path, quality="ALL"):
     """Yield the text of each non-blank document of a .jsonl, .jsonl.zst or .txt file, with a progress bar.
 
     JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be missing. A .txt has
-    no borders between documents: it is cut at line ends into pieces of about 2,000 characters.
+    no borders between documents: it is cut at line ends into pieces of about 2,000 characters. A document of more than
+    100,000 characters becomes several.
     Raises UserError, which names the line, for anything else.
     """
     import zstandard
@@ -169,7 +182,7 @@ def read_documents(path, quality="ALL"):
                     piece = record["text"] if quality in ("ALL", label) else ""
                 if piece.strip():
                     found = True
-                    yield piece.encode("utf-8", "replace").decode()     # JSON can spell half a character
+                    yield from cut(piece.encode("utf-8", "replace").decode())   # JSON can spell half a character
         except zstandard.ZstdError as error:
             raise UserError(f"{path} is not a zstd file, or a damaged one ({error})") from None
         except UnicodeDecodeError as error:
@@ -459,8 +472,8 @@ def train_tokenizer(texts, vocab_size):
     def tokenizer(vocab, merges):
         tok = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        # merges stay within a word, a run of signs, or one digit
-        words = Regex(r"▁?\p{L}+|▁?[^\p{L}\p{N}\s▁]+|\p{N}|\s|▁+")
+        # merges stay within a word, a run of signs (both of at most 50: a megabyte without a space must not be one), or a digit
+        words = Regex(r"▁?\p{L}{1,50}|▁?[^\p{L}\p{N}\s▁]{1,50}|\p{N}|\s|▁{1,50}")
         tok.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
         tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                          decoders.Strip(" ", 1, 0)])
@@ -471,7 +484,7 @@ def train_tokenizer(texts, vocab_size):
         for text in texts:
             yield text
             size += len(text)
-            if size > 200_000_000:
+            if size > 50_000_000:
                 return
 
     draft = tokenizer({}, [])
@@ -519,7 +532,7 @@ def encode(tok, texts):
 # ----------------------------------------------------------------------------------------------------------
 # Preparation: documents -> data/NAME/{train,val,test}.bin, meta.json, tokenizer/
 
-def in_batches(texts, characters=1_000_000):
+def in_batches(texts, characters=500_000):
     """Lists of texts of about that many characters together: what is held in memory at once."""
     batch, size = [], 0
     for text in texts:
@@ -588,14 +601,13 @@ def prepare(config):
                     lengths.append(len(ids))
                     key = hashlib.blake2b(text.encode(), digest_size=8, salt=config.seed.to_bytes(8, "little"))
                     hashes.append(int.from_bytes(key.digest(), "little"))
-        split = assign_splits(np.array(hashes))
-        tokens, ends = np.memmap(raw, dtype="<u2", mode="r"), np.cumsum(lengths)
-        splits = {}
+        split, starts, splits = assign_splits(np.array(hashes)), np.cumsum(lengths) - lengths, {}
         for k, name in enumerate(SPLITS):
             digest, members = hashlib.sha256(), np.flatnonzero(split == k)
-            with open(new / f"{name}.bin", "wb") as out:
+            with open(raw, "rb") as tokens, open(new / f"{name}.bin", "wb") as out:
                 for d in members:
-                    piece = tokens[ends[d] - lengths[d]:ends[d]].tobytes()
+                    tokens.seek(2 * int(starts[d]))
+                    piece = tokens.read(2 * lengths[d])
                     digest.update(piece)
                     out.write(piece)
                 splits[name] = {"documents": len(members), "tokens": out.tell() // 2, "sha256": digest.hexdigest()}
@@ -626,13 +638,16 @@ def load_dataset(name):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, this code reads {FORMAT_VERSION}")
+        if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] <= 65536:
+            raise ValueError("vocab_size is not 1 to 65536")
         for split in SPLITS:
             tokens = splits[split] = np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r")
-            if hashlib.sha256(tokens).hexdigest() != meta["splits"][split]["sha256"]:
+            facts = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
+            if facts.items() - meta["splits"][split].items():
                 raise ValueError(f"{split}.bin is not the file that was prepared")
             if tokens.max() >= meta["vocab_size"]:
                 raise ValueError(f"{split}.bin holds a token id above the vocabulary of {meta['vocab_size']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder} is damaged ({type(error).__name__}: {error}): prepare it again") from None
     return meta, splits
 

@@ -35,6 +35,8 @@ class LSTMConfig:
         for key, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"{key} must be at least 1")
+        if self.n_layer > 1000:
+            raise ValueError(f"n_layer {self.n_layer} is above 1000")
         if not 0 <= self.dropout < 1:
             raise ValueError("dropout must be 0 or more and below 1")
 

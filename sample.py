@@ -257,13 +257,15 @@ def continue_prompt(model, tok, ids, config, device, on_token=None):
     return [ids + row[:end] for row, end in zip(new, ends)], speed
 
 
-def encode_prompt(tok, prompt, context):
-    """<s> and the prompt as ids, the newest `context` of them: neither model was trained on more."""
+def encode_prompt(tok, prompt, config):
+    """<s> and the prompt as ids, the newest block_size of them: neither model was trained on more. config: the model's."""
     ids = [tok.bos_token_id, *data.encode(tok, [prompt])[0]]
-    if len(ids) > context:
-        print(f"the prompt is {len(ids)} tokens long: the newest {context}, the models' context, are kept",
+    if max(ids) >= config.vocab_size:
+        raise UserError("the tokenizer beside the dataset has more entries than the model: prepare the dataset again")
+    if len(ids) > config.block_size:
+        print(f"the prompt is {len(ids)} tokens long: the newest {config.block_size}, the models' context, are kept",
               file=sys.stderr)
-    return ids[-context:]
+    return ids[-config.block_size:]
 
 
 def open_run(config):
@@ -298,7 +300,7 @@ def main(argv):
     model = to_dtype(build_model(checkpoint).to(device), dtype)
 
     if not config.grid:
-        ids = encode_prompt(tok, config.prompt, model.config.block_size)
+        ids = encode_prompt(tok, config.prompt, model.config)
         if config.num_samples == 1:
             stream = TextStream(tok, ids)
             print(config.prompt, end="", flush=True)
@@ -316,7 +318,7 @@ def main(argv):
     for prompt in GRID_PROMPTS:
         for temperature in GRID_TEMPERATURES:
             config.temperature = temperature
-            ids = encode_prompt(tok, prompt, model.config.block_size)
+            ids = encode_prompt(tok, prompt, model.config)
             rows, speed = continue_prompt(model, tok, ids, config, device)
             for row in rows:
                 results.append({"prompt": prompt, "temperature": temperature, "text": tok.decode(row),

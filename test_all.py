@@ -1,9 +1,12 @@
 """Proves the claims of the other files: `python -m pytest test_all.py`. No network, no GPU needed, deterministic."""
+import copy
 import functools
 import http.server
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import bench
 import data
@@ -35,6 +38,9 @@ TINY = {"gpt": {"block_size": 16, "vocab_size": 40, "n_layer": 2, "n_head": 2, "
 TINY_KEYS = {"gpt": ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=32"],
              "lstm": ["--block_size=32", "--n_layer=2", "--n_embd=32", "--n_hidden=32"]}
 BOTH = pytest.mark.parametrize("name", ["gpt", "lstm"])
+# LONG=1 python -m pytest test_all.py: thirty kills instead of three, also under torchrun, a thousand mutations instead of
+# a few dozen, and a source of 5 GB. About an hour and a half.
+LONG = bool(os.environ.get("LONG"))
 
 
 def make(name, seed=0, **changes):
@@ -651,7 +657,7 @@ BAD_SOURCES = {
     "blank.txt": (b" \n\n", "holds no document"),
     "low.jsonl": (good_line().replace(b"HIGH", b"LOW"), "quality HIGH"),
     "not.jsonl.zst": (b"plain text", "not a zstd file"),
-    "broken.jsonl": (good_line() * 3 + b"{oops\n", "line 4: not JSON"),
+    "broken.jsonl": (good_line() * 4999 + b"{oops\n", "line 5000: not JSON"),
     "deep.jsonl": (b"[" * 100_000 + b"\n", "line 1: not JSON"),
     "list.jsonl": (b"[1, 2]\n", "line 1: not {"),
     "notext.jsonl": (good_line() + b'{"meta": {}}\n', "line 2: not {"),
@@ -673,16 +679,80 @@ def test_bad_sources_are_refused_and_leave_nothing(name, tmp_path, monkeypatch):
 
 
 def test_awkward_documents_survive(tmp_path, monkeypatch):
+    """Every document that is not blank comes back as it was, once; marks of control in a text stay text."""
     monkeypatch.chdir(tmp_path)
-    awkward = ["", "  \n ", "\ufeffBOM na początku", "wiersz\r\nCRLF", "zero\x00bajt", "</s><s> wewnątrz", "🦊" * 50, "raz", "raz"]
+    awkward = ["", "  \n ", "\t\u2003", "\ufeffBOM na początku", "wiersz\r\nCRLF\n\n", "zero\x00bajt", "</s><s> wewnątrz <unk>",
+               "🦊" * 50, "raz", "raz", "\u200fמימין לשמאל\u202e", "  spacje z przodu i z tyłu ", "ab" * 5_000_000, "słowo " * 50_000]
     lines = [json.dumps({"text": t}) for t in awkward] + ['{"text": "pół znaku \\ud83e tutaj"}']
-    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(lines), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n\n".join(lines), encoding="utf-8")
     data.main(["--dataset=odd", "--source=a.jsonl", "--tokenizer=train", "--vocab_size=512"])
     meta, splits = data.load_dataset("odd")
     tok = data.load_tokenizer("data/odd/tokenizer")
-    text = "".join(tok.decode(t.astype(np.int64)) for t in splits.values())
-    assert sum(s["documents"] for s in meta["splits"].values()) == 7
-    assert text.count("</s>") == 8 and "pół znaku ? tutaj" in text and "🦊" * 50 in text
+    expected = {part for text in awkward[3:] for part in data.cut(text)} | {"pół znaku ? tutaj"}
+    ids = np.concatenate(list(splits.values())).astype(np.int64)
+    documents = np.split(ids, np.flatnonzero(ids == tok.eos_token_id) + 1)[:-1]
+    assert all(d[0] == tok.bos_token_id for d in documents) and len(documents) == len(expected)
+    assert {tok.decode(d[1:-1]) for d in documents} == expected
+    assert sum(s["documents"] for s in meta["splits"].values()) == len(expected)
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(st.text(alphabet="ab \n", max_size=60), st.integers(2, 20))
+def test_a_long_document_is_cut_without_loss(text, most):
+    parts = list(data.cut(text, most))
+    assert "".join(parts) == text and all(0 < len(p) <= most for p in parts)
+
+
+@pytest.mark.skipif(not LONG, reason="half an hour: LONG=1")
+def test_a_source_of_5_gb_is_prepared_in_less_than_1_gb(tmp_path):
+    """5 GB, spelled in 400 ciphers so that new words keep coming."""
+    import resource
+    letters = "aąbcćdeęfghijklłmnńoóprsśtuwyzźż"
+    articles = "\n".join(data.write_mini(1, 40_000))
+    with open(tmp_path / "big.jsonl", "w", encoding="utf-8") as out:
+        k = 0
+        while out.tell() < 5e9:
+            cipher = str.maketrans(letters, "".join(random.Random(k).sample(letters, len(letters))))
+            out.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in articles.translate(cipher).split("\n"))
+            k += 1
+    result = command("data.py", "--dataset=big", "--source=big.jsonl", "--tokenizer=train", "--vocab_size=8192", cwd=tmp_path,
+                     timeout=3 * 3600)
+    assert result.returncode == 0, result.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 1e9
+    (tmp_path / "big.jsonl").unlink()
+    shutil.rmtree(tmp_path / "data")
+
+
+def test_a_killed_preparation_leaves_the_old_dataset_or_none(work, tmp_path):
+    write_jsonl(tmp_path / "new.jsonl", data.write_mini(9, 3000))
+    for before in (False, True):        # nothing there yet; then an older dataset
+        if before:
+            shutil.copytree(work / "data/tiny", tmp_path / "data/new")
+        process = subprocess.Popen([sys.executable, str(HERE / "data.py"), "--dataset=new", "--source=new.jsonl",
+                                    "--tokenizer=train", "--vocab_size=1000"], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(tmp_path.glob("data/.new-*/tokens")):
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert (tmp_path / "data/new").exists() == before
+        assert len(list(tmp_path.glob("data/.new-*"))) == 1
+        shutil.rmtree(next(tmp_path.glob("data/.new-*")))
+    assert (tmp_path / "data/new/meta.json").read_bytes() == (work / "data/tiny/meta.json").read_bytes()
+
+
+def test_a_tokenizer_folder_never_runs_its_code(work, tmp_path):
+    shutil.copytree(work / "data/tiny/tokenizer", tmp_path / "evil")
+    config = json.loads((tmp_path / "evil/tokenizer_config.json").read_text())
+    for name in ("PreTrainedTokenizerFast", "EvilTokenizer"):
+        config.update(tokenizer_class=name, auto_map={"AutoTokenizer": ["evil.EvilTokenizer", "evil.EvilTokenizer"]})
+        (tmp_path / "evil/tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / "evil/evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass EvilTokenizer: pass\n")
+        try:
+            data.load_tokenizer(str(tmp_path / "evil"))
+        except UserError:
+            pass
+        assert not (tmp_path / "ran").exists()
 
 
 def test_text_files_are_cut_at_line_ends(tmp_path):
@@ -695,7 +765,6 @@ def test_text_files_are_cut_at_line_ends(tmp_path):
 
 @pytest.mark.parametrize("damage", ["token", "meta", "cut", "vocabulary", "missing", "version"])
 def test_damaged_data_folders_are_refused(damage, work, tmp_path, monkeypatch):
-    import shutil
     shutil.copytree(work / "data/tiny", tmp_path / "data/tiny")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data/tiny"
@@ -736,7 +805,14 @@ def test_damaged_data_folders_are_refused(damage, work, tmp_path, monkeypatch):
     ("train.py", ["--dataset=tiny", "--init_from=resume", "--batch_size=9"], "has --batch_size=8, not 9"),
     ("train.py", ["--init_from=resume", "--out_dir=outputs/transformer", "--model=lstm", "--n_hidden=5"], "has --model=gpt"),
     ("train.py", ["--init_from=resume", "--out_dir=outputs/rnn", "--n_head=5"], "unknown key --n_head"),
+    ("train.py", ["--init_from=resume", "--seed=5"], "has --seed=1337, not 5"),
+    ("train.py", ["--init_from=resume", "--dataset=mini"], "has --dataset=tiny, not mini"),
+    ("train.py", ["--init_from=resume", "--n_layer=3"], "has --n_layer=2, not 3"),
     ("train.py", ["--dataset=tiny", "--learning_rate=1e-5"], "min_lr 5e-05 is above"),
+    ("train.py", ["--dataset=tiny", "--n_layer=1000000000"], "above 1000"),
+    ("train.py", ["--dataset=tiny", "--n_embd=120000"], "GB to train"),
+    ("train.py", ["--dataset=tiny", "--n_embd=12000000000"], "GB to train"),
+    ("train.py", ["--dataset=tiny", "--batch_size=1000000000000"], "windows of training data"),
     ("sample.py", ["--num_samples=10000000"], "at most a million"),
     ("train.py", ["batch_size=3"], "--key=value"),
     ("train.py", ["--batch_size"], "--key=value"),
@@ -863,29 +939,123 @@ def test_accumulated_batches_equal_one_large_batch(name, here):
     assert whole["test_loss"] == pytest.approx(parts["test_loss"], abs=1e-4)
 
 
+TIMINGS = {"minutes", "tokens_per_second", "data_wait_share", "evaluation_share", "peak_memory_gb"}
+
+
+def all_of_a_run(folder):
+    """Everything a finished run leaves that must not depend on how often it was interrupted."""
+    results = json.loads((folder / "results.json").read_text())
+    config = {k: v for k, v in results.pop("config").items() if k not in ("out_dir", "init_from")}
+    last, best = (torch.load(folder / name, weights_only=True) for name in ("last.pt", "ckpt.pt"))
+    curve = [{k: v for k, v in m.items() if k not in TIMINGS} for m in last["metrics"]]
+    assert [json.loads(line) for line in (folder / "metrics.jsonl").open()] == last["metrics"]
+    tensors = [*last["model"].values(), *best["model"].values(),
+               *(v for state in last["optimizer"]["state"].values() for v in state.values())]
+    numbers = {k: v for k, v in results.items() if k not in TIMINGS}
+    return [numbers, config, curve, last["scaler"], last["lost_steps"], [last[k] for k in ("step", "tokens_seen")]], tensors
+
+
 @BOTH
-def test_a_killed_run_resumes_bit_for_bit(name, here):
-    keys = [f"--model={name}", "--dataset=tiny", *TINY_KEYS[name], "--batch_size=8", "--eval_interval=5", "--eval_iters=1",
-            "--max_iters=40", "--dropout=0.1", "--dtype=float32"]
-    train.main([*keys, f"--out_dir=out/whole-{name}"])
-    cut = Path(f"out/cut-{name}")
-    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), *keys, f"--out_dir={cut}"], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while process.poll() is None and time.time() < deadline:
-        if (cut / "metrics.jsonl").exists() and len((cut / "metrics.jsonl").read_text().splitlines()) >= 3:
-            process.kill()
+@pytest.mark.parametrize("processes", [1, 2] if LONG else [1])
+def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes, here):
+    """SIGKILL, each time at a random moment after the run has begun to work; then resumed, and killed again."""
+    kills, rng = 30 if LONG else 3, random.Random(f"{name}{processes}")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+    whole, cut = Path(f"out/whole-{name}{processes}"), Path(f"out/cut-{name}{processes}")
+    keys = ["--dataset=tiny", *TINY_KEYS[name], "--batch_size=8", "--eval_interval=7", "--eval_iters=1", "--dropout=0.1",
+            "--dtype=float32", f"--max_iters={100 * kills}", "--learning_rate=3e-3", "--warmup=20"]
+
+    def start(folder):
+        again = ["--init_from=resume"] if (folder / "last.pt").exists() else keys
+        return subprocess.Popen([sys.executable, "-u", *launcher, str(HERE / "train.py"), f"--model={name}",
+                                 f"--out_dir={folder}", *again], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    output = start(whole).communicate(timeout=600)[0]
+    assert (whole / "results.json").exists(), output
+    for _ in range(kills):
+        process = start(cut)
+        for line in process.stdout:
+            if "parameters;" in line:       # from here on it writes
+                break
+        time.sleep(rng.uniform(0, 0.6))
+        assert process.poll() is None, "ended before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        for path in cut.glob("*.pt"):       # whatever is there is whole
+            train.load_checkpoint(path)
+    output = start(cut).communicate(timeout=600)[0]
+    assert "resumed at step" in output and "Traceback" not in output
+    (facts, tensors), (facts_again, tensors_again) = all_of_a_run(whole), all_of_a_run(cut)
+    assert facts == facts_again and len(facts[2]) > 40
+    assert len(tensors) == len(tensors_again) and all(map(torch.equal, tensors, tensors_again))
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(here, capsys):
+    run_tiny("gpt", "out/finished", "--max_iters=4")
+    before = {p.name: p.read_bytes() for p in Path("out/finished").iterdir()}
+    train.main(["--init_from=resume", "--out_dir=out/finished"])
+    assert "is finished: 4 steps" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in Path("out/finished").iterdir()} == before
+    train.main(["--init_from=resume", "--out_dir=out/finished", "--max_iters=6"])
+    assert json.loads(Path("out/finished/results.json").read_text())["steps"] == 6
+
+
+def spoiled_losses(monkeypatch, bad, spoil):
+    """From now on train.py's GPT gives spoil(loss) at the training steps in bad."""
+    steps = iter(range(10 ** 6))
+
+    class Spoiled(GPT):
+        def forward(self, idx, targets=None):
+            logits, loss = super().forward(idx, targets)
+            return logits, spoil(loss) if self.training and next(steps) in bad else loss
+
+    monkeypatch.setitem(train.MODELS, "gpt", (Spoiled, GPTConfig, "outputs/transformer"))
+
+
+@pytest.mark.parametrize("recipe", ["tuned", "report"])
+@pytest.mark.parametrize("spoil", [lambda loss: loss * float("nan"), lambda loss: loss * float("inf"),
+                                   lambda loss: loss + float("inf")])       # the last has a finite gradient
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(recipe, spoil, here, monkeypatch):
+    spoiled_losses(monkeypatch, range(9), spoil)
+    results = run_tiny("gpt", "out/lost", f"--recipe={recipe}", "--max_iters=9", "--learning_rate=1e-2")
+    assert results["lost_steps"] == 9 and len({json.loads(m)["val_loss"] for m in Path("out/lost/metrics.jsonl").open()}) == 1
+    spoiled_losses(monkeypatch, {3, 5}, spoil)
+    results = run_tiny("gpt", "out/lost", f"--recipe={recipe}", "--max_iters=9", "--learning_rate=1e-2")
+    assert results["lost_steps"] == 2 and results["val_loss"] < 6
+    torch.manual_seed(1337)
+
+
+def test_ten_lost_steps_in_a_row_stop_the_run_and_name_the_learning_rate(here, monkeypatch):
+    spoiled_losses(monkeypatch, range(10, 100), lambda loss: loss * float("nan"))
+    with pytest.raises(UserError, match=r"learning rate: try --learning_rate=0.003"):
+        run_tiny("gpt", "out/diverged", "--max_iters=40", "--learning_rate=1e-2")
+    last = train.load_checkpoint(Path("out/diverged/last.pt"))
+    assert last["step"] in (12, 16) and all(v.isfinite().all() for v in last["model"].values())
+    assert all(map(torch.equal, last["model"].values(), train.load_checkpoint(Path("out/diverged/last.pt"))["model"].values()))
+
+
+@pytest.mark.parametrize("keys", [["--learning_rate=1e18"], ["--weight_decay=1e18"]])
+def test_an_absurd_step_size_is_stopped_before_it_is_saved(keys, here):
+    with pytest.raises(UserError, match="learning rate"):
+        run_tiny("gpt", "out/absurd", "--max_iters=100", "--warmup=0", "--grad_clip=0", *keys)
+    for name in ("ckpt.pt", "last.pt"):
+        assert all(v.isfinite().all() for v in train.load_checkpoint(Path("out/absurd") / name)["model"].values())
+
+
+def test_two_interrupts_stop_at_once_and_harm_no_file(here):
+    process = subprocess.Popen([sys.executable, "-u", str(HERE / "train.py"), "--dataset=tiny", *TINY_KEYS["gpt"],
+                                "--batch_size=8", "--eval_interval=5", "--out_dir=out/twice"], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5:"):
+            process.send_signal(signal.SIGINT)
+        if "Ctrl-C ends at once" in line:
+            process.send_signal(signal.SIGINT)
             break
-        time.sleep(0.005)
-    process.wait()
-    assert not (cut / "results.json").exists()
-    train.main([f"--model={name}", "--init_from=resume", f"--out_dir={cut}"])
-    whole, resumed = (torch.load(f"out/{run}-{name}/last.pt", weights_only=True) for run in ("whole", "cut"))
-    assert all(torch.equal(whole["model"][k], resumed["model"][k]) for k in whole["model"])
-    for key in ("train_loss", "val_loss", "step", "tokens_seen"):
-        assert [m[key] for m in whole["metrics"]] == [m[key] for m in resumed["metrics"]]
-    results = [json.loads(Path(f"out/{run}-{name}/results.json").read_text()) for run in ("whole", "cut")]
-    assert results[0]["test_loss"] == results[1]["test_loss"]
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT and not Path("out/twice/results.json").exists()
+    assert train.load_checkpoint(Path("out/twice/last.pt"))["step"] >= 0 and train.load_checkpoint(Path("out/twice/ckpt.pt"))
 
 
 def test_sigterm_finishes_the_step_saves_and_scores(here):
@@ -946,6 +1116,36 @@ def test_the_time_budget_ends_all_processes_together(here):
     assert results["steps"] > 0 and 0.03 <= results["minutes"] < 0.3
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the processes of a run")
+def test_a_signal_to_one_process_stops_all_together(here):
+    process = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                                str(HERE / "train.py"), "--dataset=tiny", *TINY_KEYS["gpt"], "--batch_size=8",
+                                "--eval_interval=5", "--eval_iters=1", "--out_dir=out/together"], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.time() + 60
+    while not Path("out/together/last.pt").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+               if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGTERM)     # not the one that writes
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Traceback" not in output, output
+    assert json.loads(Path("out/together/results.json").read_text())["steps"] == \
+        train.load_checkpoint(Path("out/together/last.pt"))["step"]
+
+
+def test_memory_does_not_grow_over_2000_steps(here):
+    peaks = []
+    for steps in (200, 2000):
+        result = command("train.py", "--dataset=tiny", *TINY_KEYS["gpt"], "--batch_size=2", "--eval_interval=100",
+                         "--eval_iters=1", f"--max_iters={steps}", "--out_dir=out/memory", cwd=here,
+                         env={"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+        peaks.append(json.loads(Path("out/memory/results.json").read_text())["peak_memory_gb"])
+    assert peaks[1] - peaks[0] < 0.02, peaks       # a tenth of a batch's gradients kept per step would be 0.1
+
+
 def test_slow_saves_are_spaced_out_and_stay_of_one_moment(here, monkeypatch):
     """When a save takes long beside the steps, evaluations go on without one; the last one is always written."""
     saves, write = [], train.write_whole
@@ -985,16 +1185,20 @@ def wandb_records(raw):
 def test_an_offline_wandb_run_leaves_a_readable_file(here, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_API_KEY", "5ec2e7" * 6 + "cafe")
     run_tiny("gpt", "out/wandb", "--max_iters=4", "--wandb_log=True", "--wandb_run_name=probe")
     file, = Path("out/wandb").rglob("*.wandb")
     from wandb.proto.wandb_internal_pb2 import Record
-    kinds, logged = [], []
-    for raw in wandb_records(file.read_bytes()):
-        record = Record()
-        record.ParseFromString(raw)
-        kinds.append(record.WhichOneof("record_type"))
-        logged += [item.key or ".".join(item.nested_key) for item in record.history.item]
+    deadline, kinds = time.time() + 60, []
+    while "exit" not in kinds and time.time() < deadline:       # a process of wandb's own writes it
+        kinds, logged = [], []
+        for raw in wandb_records(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(raw)
+            kinds.append(record.WhichOneof("record_type"))
+            logged += [item.key or ".".join(item.nested_key) for item in record.history.item]
     assert "run" in kinds and logged.count("val_loss") == 2
+    assert not any(b"5ec2e75ec2e7" in p.read_bytes() for p in Path("out/wandb").rglob("*") if p.is_file())
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
@@ -1057,8 +1261,21 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_loads(here):
+    """As a command, its files limited to 60 kB: the run's checkpoints and the dataset are larger."""
+    shutil.copytree("outputs/transformer", "out/full", dirs_exist_ok=True)
+    limited = "ulimit -f 60; exec \"$0\" \"$@\""        # in blocks of 1024 bytes
+    for script, keys, message in (("train.py", ["--init_from=resume", "--max_iters=40", "--out_dir=out/full"], "cannot write"),
+                                  ("data.py", ["--dataset=full", "--source=tiny.jsonl", "--tokenizer=data/tiny/tokenizer"],
+                                   "File too large")):
+        result = subprocess.run(["bash", "-c", limited, sys.executable, str(HERE / script), *keys], capture_output=True,
+                                text=True, timeout=120)
+        assert message in refused(result)
+    assert train.load_checkpoint(Path("out/full/last.pt"))["step"] == 30 and train.load_checkpoint(Path("out/full/ckpt.pt"))
+    assert not list(Path("out/full").glob(".*")) and not list(Path("data").glob("*full*")) + list(Path("data").glob(".full*"))
+
+
 def test_preparing_never_removes_foreign_files(work, tmp_path, monkeypatch):
-    import shutil
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/mine").mkdir(parents=True)
     shutil.copy(work / "tiny.jsonl", tmp_path / "data/mine/tiny.jsonl")
@@ -1071,7 +1288,6 @@ def test_preparing_never_removes_foreign_files(work, tmp_path, monkeypatch):
 
 
 def test_sampling_refuses_a_dataset_prepared_anew(work, tmp_path, monkeypatch):
-    import shutil
     monkeypatch.chdir(tmp_path)
     shutil.copytree(work / "outputs", "outputs")
     shutil.copytree(work / "data/tiny", "data/tiny")
@@ -1080,6 +1296,140 @@ def test_sampling_refuses_a_dataset_prepared_anew(work, tmp_path, monkeypatch):
     Path("data/tiny/meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match="not the one that"):
         sample.main(["--model=gpt"])
+
+
+# ---------------------------------------------------------------------------------------------- fuzz
+
+FUZZ = settings(deadline=None, max_examples=1000 if LONG else 25, derandomize=True, database=None,
+                suppress_health_check=list(HealthCheck))
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-2, 70_000) | st.just(10 ** 12) | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    max_leaves=6)
+ODD = [None, -1, 0, 3, 10 ** 12, 2.5, 1e300, float("nan"), "", "x", [], {}, torch.zeros(1), torch.full((3, 3), float("nan"))]
+
+
+def survives(main, argv, seconds=60):
+    """Assert that a command ends well or in one clear line: no other exception, no hang, nothing half-written."""
+    def hang(signum, frame):
+        raise AssertionError(f"still at work after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(seconds)
+    try:
+        main(argv)
+    except UserError as error:
+        assert str(error).startswith("error: ") and "\n" not in str(error)
+    except RuntimeError as error:       # data.run makes one line of this
+        assert "memory" in str(error)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert not list(Path(".").rglob(".*.tmp"))
+
+
+@pytest.fixture
+def fuzz_here(work, tmp_path, monkeypatch):
+    """A copy of the work folder to spoil. A run in it draws no picture, which would take most of the time."""
+    shutil.copytree(work / "data/tiny", tmp_path / "data/tiny")
+    shutil.copytree(work / "outputs", tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "plot_curves", lambda *_: None)
+    return tmp_path
+
+
+@FUZZ
+@given(st.text(alphabet=st.characters(), max_size=60), st.sampled_from(["gpt", "lstm"]))
+def test_any_prompt_is_continued_or_refused(fuzz_here, prompt, name):
+    survives(sample.main, [f"--model={name}", f"--prompt={prompt}", "--max_new_tokens=2"])
+
+
+@FUZZ
+@given(st.sampled_from(["gpt", "lstm"]), st.dictionaries(
+    st.sampled_from([k for k in {**vars(train.TrainConfig()), **vars(GPTConfig()), **vars(LSTMConfig())} if k not in
+                     ("model", "dataset", "out_dir", "init_from", "max_iters", "wandb_log", "compile", "n_hidden", "cudnn",
+                      "residual", "n_head", "fused_attention")]),
+    st.sampled_from(["0", "1", "2", "3", "0.5", "1e-9", "1e9", "1000000", "1000000000000", "9223372036854775807", "-1", "nan",
+                     "True", "adam", "float16", "bfloat16", "constant", "report", "x", "", "\x00", "½"]), min_size=1, max_size=3))
+def test_any_settings_train_or_are_refused(fuzz_here, name, keys):
+    survives(train.main, [f"--model={name}", "--dataset=tiny", *TINY_KEYS[name], "--batch_size=4", "--eval_iters=1",
+                          "--max_iters=2", *(f"--{k}={v}" for k, v in keys.items())])
+
+
+@FUZZ
+@given(st.data())
+def test_any_meta_json_is_used_or_refused(fuzz_here, draw):
+    path = fuzz_here / "data/tiny/meta.json"
+    original = path.read_text()
+    meta = json.loads(original)
+    part = draw.draw(st.sampled_from([meta, meta["splits"], meta["splits"]["train"]]))
+    key = draw.draw(st.sampled_from(sorted(part)))
+    if draw.draw(st.booleans()):
+        part[key] = draw.draw(JSON)
+    else:
+        del part[key]
+    try:
+        path.write_text(json.dumps(draw.draw(st.sampled_from([meta, meta, meta, meta[key] if key in meta else 0]))))
+        survives(train.main, ["--dataset=tiny", *TINY_KEYS["gpt"], "--batch_size=4", "--eval_iters=1", "--max_iters=1",
+                              "--out_dir=out"])
+        survives(sample.main, ["--model=gpt", "--max_new_tokens=2"])
+    finally:
+        path.write_text(original)
+
+
+def spoil_bytes(raw, draw):
+    """A file cut, or a few bytes of it changed, left out or put in."""
+    at, n = draw.draw(st.integers(0, len(raw))), draw.draw(st.integers(1, 9))
+    new = draw.draw(st.binary(max_size=9))
+    return draw.draw(st.sampled_from([raw[:at], raw[:at] + new + raw[at + len(new):], raw[:at] + raw[at + n:],
+                                      raw[:at] + new + raw[at:]]))
+
+
+@FUZZ
+@given(st.data())
+def test_any_spoiled_data_folder_is_used_or_refused(fuzz_here, draw):
+    path = draw.draw(st.sampled_from(sorted(p for p in (fuzz_here / "data/tiny").rglob("*") if p.is_file())))
+    original = path.read_bytes()
+    try:
+        path.write_bytes(spoil_bytes(original, draw))
+        survives(train.main, ["--dataset=tiny", *TINY_KEYS["gpt"], "--batch_size=4", "--eval_iters=1", "--max_iters=1",
+                              "--out_dir=out"])
+        survives(sample.main, ["--model=gpt", "--max_new_tokens=2"])
+    finally:
+        path.write_bytes(original)
+
+
+@functools.cache
+def checkpoint_of(path):
+    return torch.load(path, weights_only=True)
+
+
+@FUZZ
+@given(st.data())
+def test_any_spoiled_checkpoint_is_used_or_refused(fuzz_here, work, draw):
+    """Its bytes are changed; or a value anywhere in it is replaced, left out, or renamed."""
+    name, file = draw.draw(st.sampled_from(["gpt", "lstm"])), draw.draw(st.sampled_from(["ckpt.pt", "last.pt"]))
+    folder = Path(train.MODELS[name][2])
+    original = (work / folder / file).read_bytes()
+    if draw.draw(st.integers(0, 3)) == 0:
+        (folder / file).write_bytes(spoil_bytes(original, draw))
+    else:
+        part = checkpoint = copy.deepcopy(checkpoint_of(work / folder / file))
+        while True:
+            key = draw.draw(st.sampled_from(range(len(part)) if type(part) is list else list(part)))
+            if type(part[key]) not in (dict, list) or not part[key] or draw.draw(st.integers(0, 5)) == 0:
+                break
+            part = part[key]
+        action = draw.draw(st.sampled_from(["replace", "replace", "replace", "delete", "rename"]))
+        value = part.pop(key)
+        if action == "replace":
+            part.insert(key, draw.draw(st.sampled_from(ODD))) if type(part) is list else part.update({key: draw.draw(st.sampled_from(ODD))})
+        elif action == "rename" and type(part) is dict:
+            part[draw.draw(st.sampled_from(["x", 0, 10 ** 12]))] = value
+        torch.save(checkpoint, folder / file)
+    survives(sample.main, [f"--model={name}", "--max_new_tokens=2"])
+    survives(train.main, [f"--model={name}", "--init_from=resume", "--max_iters=31", "--max_minutes=1"])
+    shutil.rmtree(folder)
+    shutil.copytree(work / folder, folder)
 
 
 # ---------------------------------------------------------------------------------------------- as a user types it

@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -31,7 +32,7 @@ from data import UserError, progress_bar
 from model_gpt import GPT, GPTConfig
 from model_lstm import LSTM, LSTMConfig
 
-FORMAT_VERSION = 1      # of the checkpoints; raised when an older one can no longer be read
+FORMAT_VERSION = 2      # of the checkpoints; raised when an older one can no longer be read
 MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
 
 
@@ -105,6 +106,11 @@ MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_minutes", "learning_rate
               "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "device"}
 
 
+# A line of metrics.jsonl
+METRICS = ("step", "tokens_seen", "minutes", "train_loss", "train_perplexity", "val_loss", "val_perplexity", "learning_rate",
+           "tokens_per_second")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Choosing the machine, for train.py, sample.py and bench.py
 
@@ -171,7 +177,7 @@ def peak_memory_gb(device):
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} cores"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -191,6 +197,11 @@ def write_whole(path, write):
         raise UserError(f"cannot write {path} ({reason}); what was there before is whole") from None
 
 
+def kinds(tensors):
+    """{name: tensor} -> {name: all that must be the same for one tensor to be copied to the other}"""
+    return {k: (v.shape, v.dtype, v.layout) for k, v in tensors.items()}
+
+
 def load_checkpoint(path):
     """The dict that train.py saved at path, on the CPU. Raises UserError when it is missing or not one of ours."""
     if not path.is_file():
@@ -199,17 +210,41 @@ def load_checkpoint(path):
     try:
         # weights_only: a checkpoint from a stranger must not run code
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if checkpoint["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {checkpoint['format_version']}, this code reads {FORMAT_VERSION}")
+        if checkpoint.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"format {checkpoint.get('format_version')}, this code reads {FORMAT_VERSION}")
+        if not {"step", "data_sha256", "model"} <= checkpoint.keys():
+            raise ValueError("something is missing")
         model_class, config_class, _ = MODELS[checkpoint["config"]["model"]]
+        for key, cls in (("config", TrainConfig), ("model_config", config_class)):      # checked as if typed
+            typed = data.parse_args([f"--{k}={v}" for k, v in checkpoint[key].items()], "", cls)
+            checkpoint[key] = asdict(data.configure(cls, typed))
+        weights, config = checkpoint["model"], config_class(**checkpoint["model_config"])
+        if config.n_layer > len(weights):
+            raise ValueError("it has more layers than weights")
         with torch.device("meta"):      # shapes only: nothing is allocated for a file that does not fit together
-            shapes = model_class(config_class(**checkpoint["model_config"])).state_dict()
-        if {k: v.shape for k, v in shapes.items()} != {k: v.shape for k, v in checkpoint["model"].items()}:
+            expected = model_class(config).state_dict()
+        if kinds(weights) != kinds(expected) or not all(v.is_cpu for v in weights.values()):
             raise ValueError("its weights are not those of its configuration")
-    except Exception as error:          # a damaged file can raise anything
+        if sum(v.nbytes for v in expected.values()) > path.stat().st_size:
+            raise ValueError("it is smaller than its weights")
+    except (Exception, UserError) as error:     # a damaged file can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{path} is damaged or not a checkpoint of this project ({reason})") from None
     return checkpoint
+
+
+def check_size(model_class, config, device):
+    """Raises UserError for a model that this device cannot train, before any of it is allocated: a CPU's system would not
+    refuse the memory, but kill the program later."""
+    try:
+        with torch.device("meta"):
+            need = 16 * model_class(config).num_params()        # a weight, its gradient and two moments in float32
+    except (RuntimeError, TypeError):                           # sizes beyond 64 bits
+        need = math.inf
+    have = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else \
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2 ** 40
+    if need > have:
+        raise UserError(f"the model needs {need / 1e9:,.0f} GB to train, here are {have / 1e9:,.0f}: lower --n_layer or --n_embd")
 
 
 def build_model(checkpoint):
@@ -218,6 +253,28 @@ def build_model(checkpoint):
     model = model_class(config_class(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
     return model.eval()
+
+
+def restore(saved, path, model, optimizer, scaler):
+    """Put the contents of last.pt into model, optimizer and scaler -> step, tokens seen, minutes, metrics, lost steps (in a
+    row, in all) and wandb id. Raises UserError where something does not fit, which else would fail at some later step."""
+    try:
+        state, metrics = saved["optimizer"]["state"], [{k: m[k] for k in METRICS} for m in saved["metrics"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, p in enumerate(parameters if state else ()):     # before the first step it is empty
+            if kinds(state[i]) != kinds({"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}):
+                raise ValueError("its optimizer is not of its model")
+        counts = int(saved["step"]), int(saved["tokens_seen"]), float(saved["minutes"]), *map(int, saved["lost_steps"])
+        numbers = [*saved["scaler"].values(), *(v for m in metrics for v in m.values())]
+        if not all(type(v) in (int, float) for v in numbers) or not all(0 <= v < 2 ** 48 for v in counts):
+            raise ValueError("a number is missing or out of range")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})   # its settings come from the config
+        scaler.load_state_dict(saved["scaler"])
+        step, tokens_seen, minutes, in_a_row, lost = counts
+        return step, tokens_seen, minutes, metrics, (in_a_row, lost), saved["wandb_id"] and str(saved["wandb_id"])
+    except Exception as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})".splitlines()[0]) from None
 
 
 def plot_curves(metrics, path, title):
@@ -279,24 +336,32 @@ def perplexity(loss):
     return math.exp(min(loss, 100.0))
 
 
+def diverged(config, step):
+    return UserError(f"step {step}: the loss or its gradient has stopped being finite. The usual suspect is the learning rate: "
+                     f"try --learning_rate={config.learning_rate / 3:.1g}. {config.out_dir} holds the weights from before")
+
+
 @torch.no_grad()
 def evaluate(model, tokens, windows, batch_size, autocast, device, world, progress=False):
-    """Mean loss, in nats per token, over the given windows of a split; each process takes its share."""
+    """Mean loss, in nats per token, over the given windows of a split, at each position of a window -> (T,) float64.
+    Each process takes its share."""
     model.eval()
     rank, world_size = world
     block_size = model.config.block_size
-    total = torch.zeros(2, dtype=torch.float64)         # summed loss, windows
+    total = torch.zeros(block_size + 1, dtype=torch.float64)    # summed loss at each position; number of windows
     mine = windows[rank::world_size]
     for i in progress_bar(range(0, len(mine), batch_size), desc="test", disable=not progress):
         idx, targets = data.get_batch(tokens, mine[i:i + batch_size], block_size, device)
         with autocast:
-            loss = model(idx, targets)[1]
-        total += torch.tensor([loss.item() * len(idx), len(idx)], dtype=torch.float64)
+            logits = model(idx, targets)[0]
+        for row, target in zip(logits, targets):        # all at once in float32 would be gigabytes
+            total[:-1] += F.cross_entropy(row.float(), target, reduction="none").cpu()
+        total[-1] += len(idx)
     if world_size > 1:
         total = total.to(device) if device.type == "cuda" else total
         dist.all_reduce(total)
     model.train()
-    return (total[0] / total[1]).item()
+    return (total[:-1] / total[-1]).cpu()
 
 
 def spare(call):
@@ -368,9 +433,12 @@ def main(argv):
     n_windows = {split: data.n_windows(tokens, T) for split, tokens in splits.items()}
     if min(n_windows.values()) < 1:
         raise UserError(f"data/{config.dataset} is too small: a split holds no window of block_size + 1 = {T + 1} tokens")
+    if config.batch_size * config.gradient_accumulation_steps > n_windows["train"]:
+        raise UserError(f"batch_size x gradient_accumulation_steps is above the {n_windows['train']} windows of training data")
+    check_size(model_class, model_config, device)
     # the evaluation windows: always the same, spread over the whole split
-    eval_windows = {split: np.unique(np.linspace(0, n_windows[split] - 1, config.eval_iters * config.batch_size,
-                                                 dtype=int)) for split in ("train", "val")}
+    eval_windows = {split: np.unique(np.linspace(0, n - 1, min(n, config.eval_iters * config.batch_size), dtype=int))
+                    for split, n in n_windows.items() if split != "test"}
     eval_batch = config.batch_size // world_size
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * T
 
@@ -379,16 +447,21 @@ def main(argv):
     set_matmul_precision(dtype)
     model = model_class(model_config).to(device)
     optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # fp16's small gradients would be 0
+    # The scaler leaves out a step whose gradient is not finite, without waiting for the device. For float16, whose small
+    # gradients would be 0, it also multiplies the loss by a large number; otherwise by 1.
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if dtype == torch.float16 else 1.0,
+                                  growth_interval=2000 if dtype == torch.float16 else 10 ** 9)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    step, tokens_seen, minutes_before, metrics, run_id = 0, 0, 0.0, [], None
+    step, tokens_seen, minutes_before, metrics, lost_steps, run_id = 0, 0, 0.0, [], (0, 0), None
     if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if scaler.is_enabled() and saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-        step, tokens_seen, minutes_before, metrics = (saved[k] for k in ("step", "tokens_seen", "minutes", "metrics"))
-        run_id = saved["wandb_id"]
+        step, tokens_seen, minutes_before, metrics, lost_steps, run_id = restore(saved, out_dir / "last.pt", model, optimizer,
+                                                                                 scaler)
+        if (out_dir / "results.json").exists() and (0 < config.max_iters <= step or 0 < config.max_minutes <= minutes_before):
+            if main_process:
+                print(f"the run in {out_dir} is finished: {step} steps, {minutes_before:.1f} minutes (see results.json). "
+                      "--max_iters or --max_minutes above that go on with it")
+            return
+    in_a_row, lost = torch.tensor(lost_steps, device=device)    # steps without a finite gradient: up to now, and in all
     resumed = saved is not None
     del saved                   # its file stays open as long as it is held
     stepped = model             # the same parameters, compiled and synchronised between processes where asked
@@ -400,7 +473,8 @@ def main(argv):
     wandb_run = None
     if main_process:
         out_dir.mkdir(parents=True, exist_ok=True)
-        for old in () if resumed else ("ckpt.pt", "last.pt"):     # a command typed too soon must not cost the last run
+        # a command typed too soon must not cost the last run; results.json is there when a run has come to its end
+        for old in ("results.json",) if resumed else ("results.json", "last.pt", "ckpt.pt"):
             if (out_dir / old).exists():
                 os.replace(out_dir / old, out_dir / f"previous-{old}")
         write_whole(out_dir / "model_summary.txt", lambda p: p.write_text(model.summary() + "\n", encoding="utf-8"))
@@ -428,7 +502,7 @@ def main(argv):
     best_val = min((m["val_loss"] for m in metrics), default=math.inf) if (out_dir / "ckpt.pt").exists() else math.inf
     best, saved_at, save_seconds = None, 0.0, 0.0       # the best weights not yet on disk; the last save
     mark_time, mark_tokens = start, tokens_seen         # of the last evaluation's end, for tokens/s
-    waiting = training = 0.0                            # seconds for batches, and for whole steps
+    waiting = training = evaluating = 0.0               # seconds for batches, for whole steps, for evaluations
     bar = progress_bar(total=1.0, desc=config.model, disable=not main_process, smoothing=0,
                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     while True:
@@ -444,13 +518,15 @@ def main(argv):
 
         if (step % config.eval_interval == 0 or finished) and not (metrics and metrics[-1]["step"] == step):
             speed = (tokens_seen - mark_tokens) / (time.time() - mark_time)
-            losses = {s: evaluate(model, splits[s], windows, eval_batch, autocast, device, world)
+            evaluation_start = time.time()
+            losses = {s: evaluate(model, splits[s], windows, eval_batch, autocast, device, world).mean().item()
                       for s, windows in eval_windows.items()}
-            metrics.append({"step": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 4),
-                            "train_loss": losses["train"], "train_perplexity": perplexity(losses["train"]),
-                            "val_loss": losses["val"], "val_perplexity": perplexity(losses["val"]),
-                            "learning_rate": learning_rate_at(config, step, minutes),
-                            "tokens_per_second": round(speed, 1)})
+            evaluating += time.time() - evaluation_start
+            if not math.isfinite(losses["train"] + losses["val"]):
+                raise diverged(config, step)            # before a save
+            metrics.append(dict(zip(METRICS, (
+                step, tokens_seen, round(minutes, 4), losses["train"], perplexity(losses["train"]), losses["val"],
+                perplexity(losses["val"]), learning_rate_at(config, step, minutes), round(speed, 1)))))
             if main_process:
                 bar.write(f"step {step}: train {losses['train']:.4f}, val {losses['val']:.4f}, "
                           f"perplexity {perplexity(losses['val']):.2f}, {speed:,.0f} tokens/s")
@@ -468,7 +544,8 @@ def main(argv):
                     newest = {**common, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                               "scaler": scaler.state_dict(), "tokens_seen": tokens_seen,
                               "minutes": minutes_before + (time.time() - start) / 60,
-                              "metrics": metrics, "wandb_id": wandb_run.id if wandb_run else run_id}
+                              "metrics": metrics, "lost_steps": [in_a_row.item(), lost.item()],
+                              "wandb_id": wandb_run.id if wandb_run else run_id}
                     write_whole(out_dir / "last.pt", lambda p: torch.save(newest, p))
                     save_seconds = time.time() - saved_at
                     saved_at += save_seconds
@@ -495,16 +572,21 @@ def main(argv):
             with nullcontext() if world_size == 1 or last_micro else stepped.no_sync():
                 with autocast:
                     loss = stepped(idx, targets)[1]
-                scaler.scale(loss / config.gradient_accumulation_steps).backward()
+                # a loss that is not finite gets a gradient that is not: 1 + 0 * inf is nan
+                scaler.scale(loss / config.gradient_accumulation_steps).backward(1 + 0 * loss.detach())
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         if config.grad_clip:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
         scaler.step(optimizer)
         scaler.update()
+        in_a_row, lost = (in_a_row + 1) * ~norm.isfinite(), lost + ~norm.isfinite()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         tokens_seen += tokens_per_step
         training += time.perf_counter() - step_start
+        if step % 10 == 0 and in_a_row >= 10:           # looked at seldom: it means to wait for the device
+            raise diverged(config, step)
         if main_process and step % config.log_interval == 0:
             speed = (tokens_seen - mark_tokens) / (time.time() - mark_time)
             bar.set_postfix_str(f"step {step}, loss {loss.item():.3f}, {speed:,.0f} tokens/s, "
@@ -519,18 +601,23 @@ def main(argv):
     if world_size > 1:
         for p in model.parameters():
             dist.broadcast(p.data, 0)
-    test_loss = evaluate(model, splits["test"], np.arange(n_windows["test"]), eval_batch, autocast, device, world,
-                         progress=main_process)
+    by_position = evaluate(model, splits["test"], np.arange(n_windows["test"]), eval_batch, autocast, device, world,
+                           progress=main_process)
+    test_loss = by_position.mean().item()
     best = min(metrics, key=lambda m: m["val_loss"])
     results = {"test_loss": test_loss, "test_perplexity": perplexity(test_loss),
                **{k: best[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
                "best_step": best["step"], "steps": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 2),
                "tokens_per_second": round(tokens_seen / max(minutes * 60, 1e-9), 1),
-               "data_wait_share": round(waiting / max(training, 1e-9), 5), "peak_memory_gb": peak_memory_gb(device),
+               "lost_steps": lost.item(), "data_wait_share": round(waiting / max(training, 1e-9), 5),
+               "evaluation_share": round(evaluating / (evaluating + training), 4),
+               "peak_memory_gb": peak_memory_gb(device),
                "n_params": model.num_params(),
                "device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
                "config": {**asdict(config), **asdict(model_config)}}
     if main_process:
+        write_whole(out_dir / "test_loss_by_position.json", lambda p: p.write_text(
+            json.dumps([round(x, 4) for x in by_position.tolist()]), encoding="utf-8"))
         write_whole(out_dir / "results.json", lambda p: p.write_text(json.dumps(results, indent=1), encoding="utf-8"))
         plot_curves(metrics, out_dir / "learning_curves.png",
                     f"{config.model}, {config.recipe} recipe, data/{config.dataset}")
