@@ -1,26 +1,32 @@
-"""Time generation, or training, of the report's full-size models (random weights), on every device present.
+"""Time generation, or training, of the report's full-size models (random weights), on every device present; compare runs.
 
     python bench.py                             # both models on cuda, mps and cpu, whichever are here
     python bench.py --model=gpt --device=cpu --new_tokens=64
     python bench.py --device=cuda --batch_size=32
     python bench.py --train=True                # training steps, from the report's recipe to the tuned one
+    python bench.py --compare=True              # the trained runs under outputs/, side by side
     python bench.py --help
 
 naive: the whole context is computed anew for each token, as the report did; cached: only the newest token is; graph:
 that in one launch. Prints a table, writes outputs/bench.json and a bar chart. Times the code of sample.py and train.py.
 """
+import ctypes
+import gc
 import json
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 
 import data
+from data import UserError
 from model_gpt import GPT
 from model_lstm import LSTM
 from sample import generate, to_dtype
@@ -37,6 +43,7 @@ class BenchConfig:
     model: Literal["all", "gpt", "lstm"] = "all"    # which to time
     device: Literal["all", "cuda", "mps", "cpu"] = "all"    # where; all: every device present
     train: bool = False             # time training steps instead of generation
+    compare: bool = False           # time nothing: a table and curves of the finished runs in and below out_dir
     new_tokens: int = 248           # tokens to generate after a prompt of 8; 248 fills the GPT's window of 256
     batch_size: int = 0             # sequences at once; tokens/s counts all of them; 0: 1, to train the report's 32
     repeats: int = 3                # runs of which the median counts
@@ -176,6 +183,19 @@ def training_speed(model, dtype, recipe, compiled, device, config):
     return config.batch_size * model.config.block_size / seconds(step, device, config.repeats)
 
 
+def forget_peak_memory(device):
+    """Let peak_memory_gb begin anew, for the next row: on CUDA and Linux; elsewhere it stays the highest so far."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        try:
+            ctypes.CDLL(None).malloc_trim(0)                    # what keep_freed_memory has kept
+            Path("/proc/self/clear_refs").write_text("5")       # the peak := what is held now
+        except (AttributeError, OSError):
+            pass
+
+
 def bench_training(name, device, config):
     """One row per change, as in bench.json; the ratio is to the first."""
     rows, (model_class, config_class, _) = [], MODELS[name]
@@ -184,8 +204,7 @@ def bench_training(name, device, config):
     for label, model_class, changes, dtype, recipe, compiled in training_rows(name, device):
         torch.manual_seed(0)
         set_matmul_precision(dtype)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        forget_peak_memory(device)
         speed = training_speed(model_class(config_class(**changes)).to(device), dtype, recipe, compiled, device, config)
         rows.append({"model": name, "device": device.type, "change": label, "dtype": str(dtype).removeprefix("torch."),
                      "batch_size": config.batch_size, "tokens_per_second": round(speed, 1),
@@ -216,8 +235,53 @@ def plot_bars(rows, path, title):
     plt.close(figure)
 
 
+def compare(out_dir):
+    """A table (Markdown) of the finished runs in and below out_dir, and out_dir/comparison.png: their validation losses, and
+    the test loss at each position of the context. Equal tokens and equal minutes are those of the run that has fewest."""
+    runs = []       # (results, curve, test loss by position, folder)
+    for path in sorted(out_dir.rglob("results.json")):
+        metrics = [json.loads(line) for line in (path.parent / "metrics.jsonl").open()]
+        curve = {k: [m[k] for m in metrics] for k in ("tokens_seen", "minutes", "val_loss")}
+        by_position = json.loads((path.parent / "test_loss_by_position.json").read_text())
+        runs.append((json.loads(path.read_text()), curve, by_position, path.parent))
+    if not runs:
+        raise UserError(f"no finished run in or below {out_dir}: run `python train.py` first")
+    tokens, minutes = (min(curve[k][-1] for _, curve, *_ in runs) for k in ("tokens_seen", "minutes"))
+    print(f"| run | tokens | tokens/s | peak GB | val loss at {tokens:,} tokens | at {minutes:.1f} minutes | best val | test |")
+    print("|---|---|---|---|---|---|---|---|")
+
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, panels = plt.subplots(1, 3, figsize=(21, 7), layout="constrained")
+    for name, panel in zip(MODELS, panels):
+        for r, curve, by_position, folder in (run for run in runs if run[0]["config"]["model"] == name):
+            at_tokens, at_minutes = (np.interp(x, curve[k], curve["val_loss"])
+                                     for x, k in ((tokens, "tokens_seen"), (minutes, "minutes")))
+            print(f"| {folder.relative_to(out_dir)} | {r['tokens_seen']:,} | {r['tokens_per_second']:,.0f} | {r['peak_memory_gb']} "
+                  f"| {at_tokens:.3f} | {at_minutes:.3f} | {r['val_loss']:.3f} | {r['test_loss']:.3f} |")
+            panel.plot([n / 1e6 for n in curve["tokens_seen"]], curve["val_loss"], label=folder.name, linewidth=2.5)
+            if folder.parent == out_dir:        # not the ablation, a folder deeper
+                panels[2].semilogx(range(1, len(by_position) + 1), by_position, label=folder.name, linewidth=2.5)
+        panel.set_title(name, fontsize=18)
+        panel.set_xlabel("million tokens seen", fontsize=16)
+        panel.set_ylabel("validation loss, nats per token", fontsize=16)
+    panels[2].set_title("by position", fontsize=18)
+    panels[2].set_xlabel("position in the context", fontsize=16)
+    panels[2].set_ylabel("test loss, nats per token", fontsize=16)
+    for panel in panels:
+        panel.tick_params(labelsize=14)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=15)
+    write_whole(out_dir / "comparison.png", lambda p: figure.savefig(p, dpi=80, format="png"))
+    plt.close(figure)
+    print(f"written: {out_dir / 'comparison.png'}")
+
+
 def main(argv):
     config = data.configure(BenchConfig, data.parse_args(argv, __doc__, BenchConfig))
+    if config.compare:
+        return compare(Path(config.out_dir))
     config.batch_size = config.batch_size or (32 if config.train else 1)
     devices = [choose_device(d) for d in (devices_present() if config.device == "all" else [config.device])]
     out_dir = Path(config.out_dir)

@@ -892,8 +892,11 @@ def test_a_run_leaves_what_it_promises(name, here):
     _, splits = data.load_dataset("tiny")
     rows = splits["test"][:(len(splits["test"]) - 1) // 32 * 32 + 1].astype(np.int64)
     with torch.no_grad():       # the whole test split, computed another way
-        loss = model(torch.tensor(rows[:-1]).view(-1, 32), torch.tensor(rows[1:]).view(-1, 32))[1]
+        targets = torch.tensor(rows[1:]).view(-1, 32)
+        logits, loss = model(torch.tensor(rows[:-1]).view(-1, 32), targets)
+        by_position = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(dim=0)
     assert abs(loss - results["test_loss"]) < 0.02      # the run may have used bfloat16
+    assert torch.allclose(by_position, torch.tensor(json.loads((folder / "test_loss_by_position.json").read_text())), atol=0.05)
     assert (folder / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
     assert f"{results['n_params']:,}" in (folder / "model_summary.txt").read_text()
 
@@ -1498,6 +1501,30 @@ def test_bench_times_training_and_keeps_the_generation_rows(tmp_path, monkeypatc
     assert "report: float32, attention by hand" in changes and "report: nn.LSTM, float32" in changes and len(changes) >= 8
     assert all(r["tokens_per_second"] > 0 and r["tflops"] >= 0 and r["batch_size"] == 2 for r in report["training"])
     assert (tmp_path / "bench_training.png").exists() and "7,852" in capsys.readouterr().out
+
+
+def test_comparing_runs(here, capsys):
+    with pytest.raises(UserError, match="no finished run"):
+        bench.main(["--compare=True", "--out_dir=nothere"])
+    bench.main(["--compare=True"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in ("transformer", "rnn"):
+        results = json.loads(Path(f"outputs/{name}/results.json").read_text())
+        row, = (line.split("|") for line in lines if line.startswith(f"| {name} "))
+        assert row[2].strip() == f"{results['tokens_seen']:,}" and float(row[5]) == round(results["val_loss"], 3)
+        by_position = json.loads(Path(f"outputs/{name}/test_loss_by_position.json").read_text())
+        assert len(by_position) == 32 and np.mean(by_position) == pytest.approx(results["test_loss"], abs=1e-4)
+    assert Path("outputs/comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak can be forgotten on Linux and CUDA only")
+def test_the_peak_of_memory_begins_anew():
+    train.keep_freed_memory()
+    held = [torch.ones(2 ** 22) for _ in range(40)]
+    peak = train.peak_memory_gb(torch.device("cpu"))
+    del held
+    bench.forget_peak_memory(torch.device("cpu"))
+    assert train.peak_memory_gb(torch.device("cpu")) < peak - 0.5
 
 
 def test_readme_commands_and_keys_exist():
