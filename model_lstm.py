@@ -62,7 +62,7 @@ def multiplier(weight, batch_size):
     A CPU's kernel wants the weight in tiles. PyTorch cuts them anew at every call, which takes longer than multiplying
     so few rows; oneDNN can do it once.
     """
-    onednn = weight.is_cpu and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+    onednn = weight.is_cpu and torch.backends.mkldnn.is_available()
     if onednn and (weight.dtype == torch.float32 or
                    weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         tiles = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch_size)

@@ -70,7 +70,7 @@ class TrainConfig:
     seed: int = 1337                    # of the start weights, the order of the data and dropout
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the matrix products
-    compile: Literal["auto", "True", "False"] = "auto"      # torch.compile; auto: the GPT on CUDA
+    compile: Literal["auto", "True", "False"] = "auto"      # torch.compile, for the GPT; auto: on CUDA
 
     def __post_init__(self):
         for key in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
@@ -81,6 +81,8 @@ class TrainConfig:
                 raise ValueError(f"{key} must be below 1")
         if self.schedule == "cosine" and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}: lower it too")
+        if self.compile == "True" and self.model == "lstm":
+            raise ValueError("compile unrolls the LSTM's loop over time, which takes longer than it saves: leave --compile out")
         if not (self.max_minutes or self.max_iters):
             raise ValueError("max_minutes 0 needs max_iters")
 
@@ -465,7 +467,7 @@ def main(argv):
     resumed = saved is not None
     del saved                   # its file stays open as long as it is held
     stepped = model             # the same parameters, compiled and synchronised between processes where asked
-    if config.compile == "True" or (config.compile == "auto" and device.type == "cuda" and config.model == "gpt"):
+    if config.model == "gpt" and (config.compile == "True" or config.compile == "auto" and device.type == "cuda"):
         stepped = torch.compile(stepped)
     if world_size > 1:
         stepped = DistributedDataParallel(stepped)
