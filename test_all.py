@@ -1204,6 +1204,20 @@ def test_an_offline_wandb_run_leaves_a_readable_file(here, monkeypatch):
     assert not any(b"5ec2e75ec2e7" in p.read_bytes() for p in Path("out/wandb").rglob("*") if p.is_file())
 
 
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(here, monkeypatch):
+    import wandb
+    calls = []
+
+    class Run:
+        id = "abc123"
+        log = finish = lambda self, *args, **kwargs: None
+
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: calls.append(kwargs) or Run())
+    run_tiny("gpt", "out/same", "--max_iters=4", "--wandb_log=True")
+    train.main(["--init_from=resume", "--out_dir=out/same", "--max_iters=8"])
+    assert [(c["id"], c["resume"]) for c in calls] == [(None, None), ("abc123", "allow")]
+
+
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
 def test_a_broken_wandb_never_stops_a_run(broken, here, monkeypatch, capsys):
     import wandb
@@ -1222,7 +1236,8 @@ def test_a_broken_wandb_never_stops_a_run(broken, here, monkeypatch, capsys):
     assert "wandb failed, the run goes on: the line is dead" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign", "version", "model", "size", "field", "weight", "code"])
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign", "version", "model", "size", "layers", "field", "weight",
+                                    "sparse", "expanded", "code"])
 def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
     path, source = tmp_path / "ckpt.pt", Path("outputs/transformer/ckpt.pt")
     checkpoint = torch.load(source, weights_only=True)
@@ -1237,6 +1252,15 @@ def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
             checkpoint["config"]["model"] = "rnn"
         elif damage == "size":
             checkpoint["model_config"]["n_layer"] = 50
+        elif damage == "layers":        # as many would take hours to build, even without memory
+            checkpoint["model_config"]["n_layer"] = 10 ** 9
+        elif damage == "sparse":
+            checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"].to_sparse()
+        elif damage == "expanded":      # a few bytes that claim to be a large model
+            checkpoint["model_config"].update(n_embd=2 ** 12, n_layer=40)
+            with torch.device("meta"):
+                large = GPT(GPTConfig(**checkpoint["model_config"])).state_dict()
+            checkpoint["model"] = {k: torch.zeros(1).expand(v.shape) for k, v in large.items()}
         elif damage == "field":
             checkpoint["model_config"]["n_head"] = "four"
         elif damage == "weight":

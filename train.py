@@ -356,8 +356,9 @@ def evaluate(model, tokens, windows, batch_size, autocast, device, world, progre
         idx, targets = data.get_batch(tokens, mine[i:i + batch_size], block_size, device)
         with autocast:
             logits = model(idx, targets)[0]
-        for row, target in zip(logits, targets):        # all at once in float32 would be gigabytes
-            total[:-1] += F.cross_entropy(row.float(), target, reduction="none").cpu()
+        # window by window: all logits at once in float32 would be gigabytes
+        losses = [F.cross_entropy(row.float(), target, reduction="none") for row, target in zip(logits, targets)]
+        total[:-1] += torch.stack(losses).sum(dim=0).cpu()
         total[-1] += len(idx)
     if world_size > 1:
         total = total.to(device) if device.type == "cuda" else total
