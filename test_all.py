@@ -958,6 +958,14 @@ def all_of_a_run(folder):
     return [numbers, config, curve, last["scaler"], last["lost_steps"], [last[k] for k in ("step", "tokens_seen")]], tensors
 
 
+def children(torchrun):
+    """The process ids of a torchrun's two workers, the first that of rank 0."""
+    pids = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    workers = [int(pid) for pid in pids if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    return workers
+
+
 @BOTH
 @pytest.mark.parametrize("processes", [1, 2] if LONG else [1])
 def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes, here):
@@ -972,7 +980,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
         again = ["--init_from=resume"] if (folder / "last.pt").exists() else keys
         return subprocess.Popen([sys.executable, "-u", *launcher, str(HERE / "train.py"), f"--model={name}",
                                  f"--out_dir={folder}", *again], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     output = start(whole).communicate(timeout=600)[0]
     assert (whole / "results.json").exists(), output
@@ -983,7 +991,8 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
                 break
         time.sleep(rng.uniform(0, 0.6))
         assert process.poll() is None, "ended before it could be killed"
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in [process.pid, *(children(process) if processes == 2 else ())]:
+            os.kill(pid, signal.SIGKILL)
         process.communicate()
         for path in cut.glob("*.pt"):       # whatever is there is whole
             train.load_checkpoint(path)
@@ -1128,10 +1137,7 @@ def test_a_signal_to_one_process_stops_all_together(here):
     deadline = time.time() + 60
     while not Path("out/together/last.pt").exists() and time.time() < deadline:
         time.sleep(0.05)
-    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-               if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGTERM)     # not the one that writes
+    os.kill(children(process)[1], signal.SIGTERM)       # not the one that writes
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Traceback" not in output, output
     assert json.loads(Path("out/together/results.json").read_text())["steps"] == \
