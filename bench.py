@@ -8,7 +8,8 @@
     python bench.py --help
 
 naive: the whole context is computed anew for each token, as the report did; cached: only the newest token is; graph:
-that in one launch. Prints a table, writes outputs/bench.json and a bar chart. Times the code of sample.py and train.py.
+that in one launch. Prints a table, writes outputs/bench.json and a bar chart. Times the generation loop of sample.py, and for
+training a step of the same models, loss and optimizers as train.py's.
 """
 import ctypes
 import gc
@@ -240,12 +241,17 @@ def compare(out_dir):
     the test loss at each position of the context. Equal tokens and equal minutes are those of the run that has fewest."""
     runs = []       # (results, curve, test loss by position, folder)
     for path in sorted(out_dir.rglob("results.json")):
-        metrics = [json.loads(line) for line in (path.parent / "metrics.jsonl").open()]
-        curve = {k: [m[k] for m in metrics] for k in ("tokens_seen", "minutes", "val_loss")}
-        by_position = json.loads((path.parent / "test_loss_by_position.json").read_text())
-        runs.append((json.loads(path.read_text()), curve, by_position, path.parent))
+        try:
+            metrics = [json.loads(line) for line in (path.parent / "metrics.jsonl").open()]
+            curve = {k: [m[k] for m in metrics] for k in ("tokens_seen", "minutes", "val_loss")}
+            by_position = json.loads((path.parent / "test_loss_by_position.json").read_text())
+            runs.append((json.loads(path.read_text()), curve, by_position, path.parent))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path.parent} is damaged or of an older version ({error}): move it away") from None
     if not runs:
         raise UserError(f"no finished run in or below {out_dir}: run `python train.py` first")
+    if len({r["config"]["dataset"] for r, *_ in runs}) > 1:
+        raise UserError(f"the runs in and below {out_dir} are on different datasets: their losses cannot be compared")
     tokens, minutes = (min(curve[k][-1] for _, curve, *_ in runs) for k in ("tokens_seen", "minutes"))
     print(f"| run | tokens | tokens/s | peak GB | val loss at {tokens:,} tokens | at {minutes:.1f} minutes | best val | test |")
     print("|---|---|---|---|---|---|---|---|")

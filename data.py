@@ -134,7 +134,7 @@ def run(main):
     except OSError as error:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
             raise
         sys.exit("error: out of memory: lower --batch_size, --block_size or --num_samples")
 
@@ -170,7 +170,8 @@ def read_documents(path, quality="ALL"):
         raise UserError(f"{path}: the name must end in .jsonl, .jsonl.zst or .txt")
     file = open(path, "rb")
     stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    text = io.TextIOWrapper(stream if path.suffix == ".zst" else file, encoding="utf-8-sig")
+    text = io.TextIOWrapper(stream if path.suffix == ".zst" else file, encoding="utf-8-sig", newline="")
+    unit = "part" if path.suffix == ".txt" else "line"
     pieces = iter(lambda: "".join(text.readlines(2000)), "") if path.suffix == ".txt" else text
     with file, progress_bar(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
@@ -186,7 +187,7 @@ def read_documents(path, quality="ALL"):
         except zstandard.ZstdError as error:
             raise UserError(f"{path} is not a zstd file, or a damaged one ({error})") from None
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}, after line {n}: not UTF-8 ({error.reason})") from None
+            raise UserError(f"{path}, after {unit} {n}: not UTF-8 ({error.reason})") from None
         except (KeyError, TypeError, AttributeError):
             raise UserError(f'{path}, line {n}: not {{"text": "...", "meta": {{...}}}}') from None
         except (ValueError, RecursionError) as error:
@@ -589,7 +590,10 @@ def prepare(config):
             tok = train_tokenizer(documents(), config.vocab_size)
         new, raw = Path(scratch) / "new", Path(scratch) / "tokens"
         new.mkdir()
-        tok.save_pretrained(new / "tokenizer")
+        try:
+            tok.save_pretrained(new / "tokenizer")
+        except Exception as error:      # its own kind of exception, where the disk is full
+            raise UserError(f"cannot write the tokenizer ({error})") from None
 
         # All documents go to one file; where each goes from there is known only after the last.
         hashes, lengths = array("Q"), array("Q")
@@ -615,9 +619,15 @@ def prepare(config):
                 "quality": config.quality, "seed": config.seed, "tokenizer": config.tokenizer,
                 "vocab_size": len(tok), "splits": splits}
         (new / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-        if target.exists():
-            target.rename(Path(scratch) / "old")
-        new.rename(target)
+        old = Path(scratch) / "old"
+        try:
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        except BaseException:           # a Ctrl-C between the two, also
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
     for name, s in splits.items():
         print(f"{target}/{name}.bin: {s['documents']:,} documents, {s['tokens']:,} tokens")
     return meta

@@ -32,6 +32,8 @@ class GPTConfig:
         for key, value in vars(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"{key} must be at least 1")
+        if self.block_size > 2 ** 14:
+            raise ValueError(f"block_size {self.block_size} is above 16384: the mask takes its square of bytes")
         if self.n_layer > 1000:
             raise ValueError(f"n_layer {self.n_layer} is above 1000")
         if not 0 <= self.dropout < 1:

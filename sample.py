@@ -130,7 +130,8 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
     line = logits.softmax(dim=-1).cumsum(dim=-1)
     if uniform is None:
         uniform = torch.rand(len(logits), 1, device=logits.device)
-    return torch.searchsorted(line, uniform * line[:, -1:], right=True).squeeze(1)
+    drawn = torch.searchsorted(line, uniform * line[:, -1:], right=True).squeeze(1)
+    return drawn.clamp(max=logits.size(-1) - 1)         # rounding can lead beyond the line's end
 
 
 @contextmanager
@@ -181,7 +182,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
         newest.copy_(pick(model.step(newest, state)[0], temperature, top_k, top_p, uniform)[:, None])
 
     step = capture(decode) if mode == "graph" else decode
-    first = seen = 0                            # the state holds tokens[:, first:seen]
+    first = seen = 0                            # before each step the state holds tokens[:, first:seen]
     for t in range(T, T + max_new_tokens):
         uniform.copy_(uniforms[t - T])
         if t - first > model.window:

@@ -454,6 +454,21 @@ def test_samples_follow_softmax_of_logits_over_temperature(temperature):
     assert chi_square < 43.8        # 19 degrees of freedom, p = 0.001
 
 
+def test_a_draw_never_leaves_the_vocabulary():
+    for logits in (torch.zeros(1, 7), torch.full((1, 7), float("nan"))):
+        for uniform in (0.0, 1 - 2 ** -24, 1.0):
+            assert 0 <= sample.pick(logits, uniform=torch.tensor([[uniform]])).item() < 7
+
+
+def test_weights_that_are_not_finite_are_not_sampled_from(here):
+    checkpoint = torch.load("outputs/transformer/ckpt.pt", weights_only=True)
+    checkpoint["model"]["ln_f.weight"][3] = float("nan")
+    Path("out/nan").mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, "out/nan/ckpt.pt")
+    with pytest.raises(UserError, match="not finite"):
+        sample.main(["--out_dir=out/nan"])
+
+
 def test_temperature_zero_is_greedy_and_top_k_top_p_cut():
     torch.manual_seed(0)
     logits = torch.randn(1, 50)
@@ -754,9 +769,25 @@ def test_a_tokenizer_folder_never_runs_its_code(work, tmp_path):
         assert not (tmp_path / "ran").exists()
 
 
+def test_an_interrupt_between_two_renames_leaves_the_old_dataset(work, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(work / "data/tiny", "data/tiny")
+    before, rename = Path("data/tiny/meta.json").read_bytes(), Path.rename
+
+    def interrupted(path, target):
+        if path.name == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.main(["--dataset=tiny", f"--source={work}/tiny.jsonl", "--tokenizer=train", "--vocab_size=600"])
+    assert Path("data/tiny/meta.json").read_bytes() == before and [p.name for p in Path("data").iterdir()] == ["tiny"]
+
+
 def test_text_files_are_cut_at_line_ends(tmp_path):
-    lines = [f"Wiersz {i} " + "x" * 90 + "\n" for i in range(200)]
-    (tmp_path / "a.txt").write_text("".join(lines), encoding="utf-8")
+    lines = [f"Wiersz {i} " + "x" * 90 + "\r\n" for i in range(200)]
+    (tmp_path / "a.txt").write_text("".join(lines), encoding="utf-8", newline="")
     pieces = list(data.read_documents(tmp_path / "a.txt"))
     assert "".join(pieces) == "".join(lines) and len(pieces) > 5
     assert all(p.endswith("\n") and len(p) < 2200 for p in pieces)
@@ -797,7 +828,7 @@ def test_damaged_data_folders_are_refused(damage, work, tmp_path, monkeypatch):
     ("train.py", ["--dataset=nothere"], "python data.py --dataset=nothere"),
     ("train.py", ["--dataset=../tiny"], "a name of letters"),
     ("train.py", ["--dataset=tiny", "--vocab_size=7"], "below the dataset's"),
-    ("train.py", ["--dataset=tiny", "--block_size=100000"], "too small"),
+    ("train.py", ["--dataset=tiny", "--block_size=10000"], "too small"),
     ("train.py", ["--dataset=tiny", "--n_head=7"], "n_head"),
     ("train.py", ["--dataset=tiny", "--dtype=int7"], "must be one of"),
     ("train.py", ["--dataset=tiny", "--init_from=resume", "--out_dir=empty"], "no checkpoint"),
@@ -810,6 +841,7 @@ def test_damaged_data_folders_are_refused(damage, work, tmp_path, monkeypatch):
     ("train.py", ["--dataset=tiny", "--learning_rate=1e-5"], "min_lr 5e-05 is above"),
     ("train.py", ["--model=lstm", "--compile=True"], "leave --compile out"),
     ("train.py", ["--dataset=tiny", "--n_layer=1000000000"], "above 1000"),
+    ("train.py", ["--dataset=tiny", "--block_size=400000"], "above 16384"),
     ("train.py", ["--dataset=tiny", "--n_embd=120000"], "GB to train"),
     ("train.py", ["--dataset=tiny", "--n_embd=12000000000"], "GB to train"),
     ("train.py", ["--dataset=tiny", "--batch_size=1000000000000"], "windows of training data"),
@@ -955,7 +987,7 @@ def all_of_a_run(folder):
     tensors = [*last["model"].values(), *best["model"].values(),
                *(v for state in last["optimizer"]["state"].values() for v in state.values())]
     numbers = {k: v for k, v in results.items() if k not in TIMINGS}
-    return [numbers, config, curve, last["scaler"], last["lost_steps"], [last[k] for k in ("step", "tokens_seen")]], tensors
+    return [numbers, config, curve, last["loss_scale"], last["lost_steps"], [last[k] for k in ("step", "tokens_seen")]], tensors
 
 
 def children(torchrun):
@@ -1001,6 +1033,19 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
     (facts, tensors), (facts_again, tensors_again) = all_of_a_run(whole), all_of_a_run(cut)
     assert facts == facts_again and len(facts[2]) > 40
     assert len(tensors) == len(tensors_again) and all(map(torch.equal, tensors, tensors_again))
+    (cut / "results.json").unlink()         # as if killed in the final test
+    output = start(cut).communicate(timeout=600)[0]
+    assert all_of_a_run(cut)[0] == facts, output
+
+
+def test_a_float16_run_resumes_with_its_loss_scale(here):
+    keys = ["--dtype=float16", "--schedule=constant", "--eval_interval=3", "--learning_rate=1e-2"]
+    run_tiny("gpt", "out/half", *keys, "--max_iters=6")
+    run_tiny("gpt", "out/halves", *keys, "--max_iters=3")
+    train.main(["--init_from=resume", "--out_dir=out/halves", "--max_iters=6"])
+    whole, halves = (torch.load(f"out/{run}/last.pt", weights_only=True) for run in ("half", "halves"))
+    assert whole["loss_scale"] == halves["loss_scale"] and whole["loss_scale"]["_growth_tracker"] > 3
+    assert all(torch.equal(whole["model"][k], halves["model"][k]) for k in whole["model"])
 
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(here, capsys):
@@ -1009,6 +1054,10 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(here, capsys):
     train.main(["--init_from=resume", "--out_dir=out/finished"])
     assert "is finished: 4 steps" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in Path("out/finished").iterdir()} == before
+    last = torch.load("out/finished/last.pt", weights_only=True)        # moments that claim more numbers than the file holds
+    for moments in last["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
+    torch.save(last, "out/finished/last.pt")
     train.main(["--init_from=resume", "--out_dir=out/finished", "--max_iters=6"])
     assert json.loads(Path("out/finished/results.json").read_text())["steps"] == 6
 
@@ -1032,10 +1081,9 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(recipe, spoil, here
     spoiled_losses(monkeypatch, range(9), spoil)
     results = run_tiny("gpt", "out/lost", f"--recipe={recipe}", "--max_iters=9", "--learning_rate=1e-2")
     assert results["lost_steps"] == 9 and len({json.loads(m)["val_loss"] for m in Path("out/lost/metrics.jsonl").open()}) == 1
-    spoiled_losses(monkeypatch, {3, 5}, spoil)
-    results = run_tiny("gpt", "out/lost", f"--recipe={recipe}", "--max_iters=9", "--learning_rate=1e-2")
-    assert results["lost_steps"] == 2 and results["val_loss"] < 6
-    torch.manual_seed(1337)
+    spoiled_losses(monkeypatch, set(range(1, 400, 2)), spoil)       # many in all, and never ten in a row
+    results = run_tiny("gpt", "out/lost", f"--recipe={recipe}", "--max_iters=400", "--learning_rate=3e-3", "--eval_interval=100")
+    assert results["lost_steps"] == 200 and results["val_loss"] < (4.5 if recipe == "tuned" else 6)
 
 
 def test_ten_lost_steps_in_a_row_stop_the_run_and_name_the_learning_rate(here, monkeypatch):
@@ -1044,7 +1092,6 @@ def test_ten_lost_steps_in_a_row_stop_the_run_and_name_the_learning_rate(here, m
         run_tiny("gpt", "out/diverged", "--max_iters=40", "--learning_rate=1e-2")
     last = train.load_checkpoint(Path("out/diverged/last.pt"))
     assert last["step"] in (12, 16) and all(v.isfinite().all() for v in last["model"].values())
-    assert all(map(torch.equal, last["model"].values(), train.load_checkpoint(Path("out/diverged/last.pt"))["model"].values()))
 
 
 @pytest.mark.parametrize("keys", [["--learning_rate=1e18"], ["--weight_decay=1e18"]])
@@ -1089,6 +1136,17 @@ def test_a_new_run_sets_the_last_ones_checkpoints_aside(here):
     first = Path("out/again/ckpt.pt").read_bytes()
     run_tiny("gpt", "out/again", "--max_iters=1", "--seed=5")
     assert Path("out/again/previous-ckpt.pt").read_bytes() == first != Path("out/again/ckpt.pt").read_bytes()
+    second = Path("out/again/ckpt.pt").read_bytes()
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py"), "--dataset=tiny", *TINY_KEYS["gpt"], "--batch_size=8",
+                                "--out_dir=out/again"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and Path("out/again/previous-ckpt.pt").read_bytes() == first:
+        time.sleep(0.01)
+    while process.poll() is None and not Path("out/again/metrics.jsonl").read_bytes().count(b"\n") == 1:
+        time.sleep(0.001)
+    process.kill()      # a mistaken start, ended before the next evaluation; the second such must not cost the good run
+    process.wait()
+    run_tiny("gpt", "out/again", "--max_iters=1")
+    assert Path("out/again/previous-ckpt.pt").read_bytes() == second
 
 
 def test_time_budget_ends_a_run(here):
@@ -1295,12 +1353,16 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 
 
 def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_loads(here):
-    """As a command, its files limited to 60 kB: the run's checkpoints and the dataset are larger."""
+    """As a command, its files limited to 60 kB: the run's checkpoints, a dataset and a larger tokenizer are above that."""
+    write_jsonl(here / "mini.jsonl", data.write_mini(7, 1500))
+    data.main(["--dataset=mini", "--source=mini.jsonl", "--tokenizer=train", "--vocab_size=2000"])
     shutil.copytree("outputs/transformer", "out/full", dirs_exist_ok=True)
     limited = "ulimit -f 60; exec \"$0\" \"$@\""        # in blocks of 1024 bytes
     for script, keys, message in (("train.py", ["--init_from=resume", "--max_iters=40", "--out_dir=out/full"], "cannot write"),
                                   ("data.py", ["--dataset=full", "--source=tiny.jsonl", "--tokenizer=data/tiny/tokenizer"],
-                                   "File too large")):
+                                   "File too large"),
+                                  ("data.py", ["--dataset=full", "--source=mini.jsonl", "--tokenizer=data/mini/tokenizer"],
+                                   "cannot write the tokenizer")):
         result = subprocess.run(["bash", "-c", limited, sys.executable, str(HERE / script), *keys], capture_output=True,
                                 text=True, timeout=120)
         assert message in refused(result)
@@ -1353,7 +1415,7 @@ def survives(main, argv, seconds=60):
     except UserError as error:
         assert str(error).startswith("error: ") and "\n" not in str(error)
     except RuntimeError as error:       # data.run makes one line of this
-        assert "memory" in str(error)
+        assert "allocate" in str(error)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

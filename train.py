@@ -13,6 +13,7 @@ import ctypes
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -128,7 +129,12 @@ def choose_device(name="auto"):
         name = devices_present()[0]
     if name not in devices_present():
         raise UserError(f"--device={name}: there is none here; use --device=cpu")
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    if name != "cuda":
+        return torch.device(name)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here: lower --nproc_per_node")
+    return torch.device("cuda", local_rank)
 
 
 def choose_dtype(name, device, training=True):
@@ -169,12 +175,9 @@ def keep_freed_memory():
 
 
 def peak_memory_gb(device):
-    """The most memory so far, in GB: what PyTorch held of the GPU's, else this process of the machine's (None: Windows)."""
+    """The most memory so far, in GB: what PyTorch held of the GPU's, else this process of the machine's."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    if sys.platform == "win32":
-        return None
-    import resource
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
 
 
@@ -190,7 +193,7 @@ def write_whole(path, write):
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         write(scratch)
-        with open(scratch, "rb") as file:
+        with open(scratch, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     except (OSError, RuntimeError) as error:    # torch.save on a full disk: RuntimeError
@@ -254,25 +257,34 @@ def build_model(checkpoint):
     model_class, config_class, _ = MODELS[checkpoint["config"]["model"]]
     model = model_class(config_class(**checkpoint["model_config"]))
     model.load_state_dict(checkpoint["model"])
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError("the checkpoint holds weights that are not finite: train again with a lower --learning_rate")
     return model.eval()
 
 
 def restore(saved, path, model, optimizer, scaler):
-    """Put the contents of last.pt into model, optimizer and scaler -> step, tokens seen, minutes, metrics, lost steps (in a
-    row, in all) and wandb id. Raises UserError where something does not fit, which else would fail at some later step."""
+    """Put the contents of last.pt into model, optimizer and scaler (None: not float16) -> step, tokens seen, minutes, metrics,
+    lost steps (in a row, in all) and wandb id. Raises UserError where something does not fit, which else would fail at some
+    later step."""
     try:
-        state, metrics = saved["optimizer"]["state"], [{k: m[k] for k in METRICS} for m in saved["metrics"]]
+        state, metrics = {}, [{k: m[k] for k in METRICS} for m in saved["metrics"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, p in enumerate(parameters if state else ()):     # before the first step it is empty
-            if kinds(state[i]) != kinds({"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}):
+        for i, p in enumerate(parameters if saved["optimizer"]["state"] else ()):      # before the first step it is empty
+            moments = saved["optimizer"]["state"][i]
+            if kinds(moments) != kinds({"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}):
                 raise ValueError("its optimizer is not of its model")
+            # copies: away from the file, and every number in a place of its own, whatever strides the file claims
+            state[i] = {k: v.clone(memory_format=torch.contiguous_format) for k, v in moments.items()}
         counts = int(saved["step"]), int(saved["tokens_seen"]), float(saved["minutes"]), *map(int, saved["lost_steps"])
-        numbers = [*saved["scaler"].values(), *(v for m in metrics for v in m.values())]
-        if not all(type(v) in (int, float) for v in numbers) or not all(0 <= v < 2 ** 48 for v in counts):
+        if not all(type(v) in (int, float) for m in metrics for v in m.values()) or not all(0 <= v < 2 ** 48 for v in counts):
             raise ValueError("a number is missing or out of range")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})   # its settings come from the config
-        scaler.load_state_dict(saved["scaler"])
+        if scaler and saved["loss_scale"]:      # None: the run was not in float16 before
+            scale, since = float(saved["loss_scale"]["scale"]), int(saved["loss_scale"]["_growth_tracker"])
+            if not (0 < scale < 1e38 and 0 <= since < 2 ** 31):
+                raise ValueError("its loss scale is out of range")
+            scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": since})
         step, tokens_seen, minutes, in_a_row, lost = counts
         return step, tokens_seen, minutes, metrics, (in_a_row, lost), saved["wandb_id"] and str(saved["wandb_id"])
     except Exception as error:
@@ -316,7 +328,9 @@ def make_optimizer(model, config):
     # layer norm's gain towards zero regularises nothing.
     groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    # fused: one kernel for all; MPS's, before PyTorch 2.13, would not leave out a step that the scaler leaves out
+    fused = groups[0]["params"][0].device.type != "mps"
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
 
 
 def learning_rate_at(config, step, minutes):
@@ -338,11 +352,6 @@ def perplexity(loss):
     return math.exp(min(loss, 100.0))
 
 
-def diverged(config, step):
-    return UserError(f"step {step}: the loss or its gradient has stopped being finite. The usual suspect is the learning rate: "
-                     f"try --learning_rate={config.learning_rate / 3:.1g}. {config.out_dir} holds the weights from before")
-
-
 @torch.no_grad()
 def evaluate(model, tokens, windows, batch_size, autocast, device, world, progress=False):
     """Mean loss, in nats per token, over the given windows of a split, at each position of a window -> (T,) float64.
@@ -361,13 +370,12 @@ def evaluate(model, tokens, windows, batch_size, autocast, device, world, progre
         total[:-1] += torch.stack(losses).sum(dim=0).cpu()
         total[-1] += len(idx)
     if world_size > 1:
-        total = total.to(device) if device.type == "cuda" else total
         dist.all_reduce(total)
     model.train()
-    return (total[:-1] / total[-1]).cpu()
+    return total[:-1] / total[-1]
 
 
-def spare(call):
+def may_fail(call):
     """call(), for Weights & Biases: whatever goes wrong there must not stop the training."""
     try:
         return call()
@@ -389,7 +397,7 @@ def main(argv):
     first = data.parse_args(first, "", TrainConfig)
     name, saved = first.get("model", "gpt"), None
     out_dir = Path(first.get("out_dir") or MODELS[name][2])
-    if first.get("init_from") == "resume":
+    if first.get("init_from") == "resume" and "--help" not in argv:
         saved = load_checkpoint(out_dir / "last.pt")
         name = first.get("model", saved["config"]["model"])
     model_class, config_class, _ = MODELS[name]
@@ -408,6 +416,8 @@ def main(argv):
     config = data.configure(TrainConfig, *layers, keys if saved else {}, {"out_dir": str(out_dir)})
     rank, world_size = world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     main_process = rank == 0
+    if main_process and not saved and config.dataset == "mini" and not keys.get("dataset"):
+        print("data/plwiki is not prepared (see data.py): training on the embedded dataset, mini")
 
     device = choose_device(config.device)
     if device.type == "cpu":
@@ -416,13 +426,15 @@ def main(argv):
     if world_size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "mps":
+            raise UserError("torchrun works with cuda and cpu: --device=cpu")
+        # what is on the CPU is exchanged by gloo: the clock of each step need not wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         if config.batch_size % world_size:
             raise UserError(f"batch_size {config.batch_size} cannot be divided among {world_size} processes")
 
     # Data
     if main_process and config.dataset == "mini" and not Path("data/mini/meta.json").exists():
-        print("data/plwiki is not prepared (see data.py): training on the embedded dataset, mini")
         data.main(["--dataset=mini"])
     if world_size > 1:
         dist.barrier()
@@ -437,7 +449,8 @@ def main(argv):
     if min(n_windows.values()) < 1:
         raise UserError(f"data/{config.dataset} is too small: a split holds no window of block_size + 1 = {T + 1} tokens")
     if config.batch_size * config.gradient_accumulation_steps > n_windows["train"]:
-        raise UserError(f"batch_size x gradient_accumulation_steps is above the {n_windows['train']} windows of training data")
+        raise UserError(f"batch_size x gradient_accumulation_steps is {config.batch_size * config.gradient_accumulation_steps}, "
+                        f"above the {n_windows['train']} windows of training data")
     check_size(model_class, model_config, device)
     # the evaluation windows: always the same, spread over the whole split
     eval_windows = {split: np.unique(np.linspace(0, n - 1, min(n, config.eval_iters * config.batch_size), dtype=int))
@@ -450,15 +463,15 @@ def main(argv):
     set_matmul_precision(dtype)
     model = model_class(model_config).to(device)
     optimizer = make_optimizer(model, config)
-    # The scaler leaves out a step whose gradient is not finite, without waiting for the device. For float16, whose small
-    # gradients would be 0, it also multiplies the loss by a large number; otherwise by 1.
-    scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if dtype == torch.float16 else 1.0,
-                                  growth_interval=2000 if dtype == torch.float16 else 10 ** 9)
+    # The scaler leaves out a step whose gradient is not finite; with a fused optimizer nobody waits for the device to know.
+    # For float16, whose small gradients would be 0, it also multiplies the loss by a large number, which it seeks; else by 1.
+    half = dtype == torch.float16
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if half else 1.0)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     step, tokens_seen, minutes_before, metrics, lost_steps, run_id = 0, 0, 0.0, [], (0, 0), None
     if saved:
         step, tokens_seen, minutes_before, metrics, lost_steps, run_id = restore(saved, out_dir / "last.pt", model, optimizer,
-                                                                                 scaler)
+                                                                                 scaler if half else None)
         if (out_dir / "results.json").exists() and (0 < config.max_iters <= step or 0 < config.max_minutes <= minutes_before):
             if main_process:
                 print(f"the run in {out_dir} is finished: {step} steps, {minutes_before:.1f} minutes (see results.json). "
@@ -476,17 +489,20 @@ def main(argv):
     wandb_run = None
     if main_process:
         out_dir.mkdir(parents=True, exist_ok=True)
-        # a command typed too soon must not cost the last run; results.json is there when a run has come to its end
+        # A command typed too soon must not cost the last run; typed twice neither: what has made no step is not kept. And
+        # results.json is there only when a run has come to its end.
+        history = out_dir / "metrics.jsonl"
+        keep = resumed or history.exists() and len(history.read_bytes().splitlines()) > 1
         for old in ("results.json",) if resumed else ("results.json", "last.pt", "ckpt.pt"):
             if (out_dir / old).exists():
-                os.replace(out_dir / old, out_dir / f"previous-{old}")
+                os.replace(out_dir / old, out_dir / f"previous-{old}") if keep else (out_dir / old).unlink()
         write_whole(out_dir / "model_summary.txt", lambda p: p.write_text(model.summary() + "\n", encoding="utf-8"))
         print(f"{config.model}: {model.num_params():,} parameters; data/{config.dataset}: "
               f"{meta['splits']['train']['tokens']:,} training tokens; {tokens_per_step:,} tokens a step")
         print(f"{device_name(device)}; {dtype} ({reason}); results in {out_dir}/")
         if resumed:
             print(f"resumed at step {step}, after {minutes_before:.1f} minutes")
-        wandb_run = spare(lambda: start_wandb(config, run_id)) if config.wandb_log else None
+        wandb_run = may_fail(lambda: start_wandb(config, run_id)) if config.wandb_log else None
 
     # The first Ctrl-C or SIGTERM finishes the step, saves and scores; a second Ctrl-C ends at once.
     stop = []
@@ -499,10 +515,18 @@ def main(argv):
 
     handlers = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
 
+    def diverged():
+        if best:
+            write_whole(out_dir / "ckpt.pt", lambda p: torch.save(best, p))
+        return UserError(f"step {step}: the loss or its gradient has stopped being finite. The usual suspect is the learning rate: "
+                         f"try --learning_rate={config.learning_rate / 3:.1g}. {out_dir} holds the weights from before")
+
     # The loop
     model.train()
     start = time.time()
-    best_val = min((m["val_loss"] for m in metrics), default=math.inf) if (out_dir / "ckpt.pt").exists() else math.inf
+    # the loss of ckpt.pt; inf where there is none, or one of a later step, which a kill kept from reaching last.pt
+    kept = load_checkpoint(out_dir / "ckpt.pt")["step"] if resumed and (out_dir / "ckpt.pt").exists() else None
+    best_val = next((m["val_loss"] for m in metrics if m["step"] == kept), math.inf)
     best, saved_at, save_seconds = None, 0.0, 0.0       # the best weights not yet on disk; the last save
     mark_time, mark_tokens = start, tokens_seen         # of the last evaluation's end, for tokens/s
     waiting = training = evaluating = 0.0               # seconds for batches, for whole steps, for evaluations
@@ -512,7 +536,6 @@ def main(argv):
         # every process must decide alike, so they share the clock and the wish to stop
         clock = torch.tensor([minutes_before + (time.time() - start) / 60, len(stop)], dtype=torch.float64)
         if world_size > 1:
-            clock = clock.to(device)
             dist.all_reduce(clock, dist.ReduceOp.MAX)
         minutes, stopping = clock.tolist()
         done = max(step / config.max_iters if config.max_iters else 0,
@@ -526,7 +549,7 @@ def main(argv):
                       for s, windows in eval_windows.items()}
             evaluating += time.time() - evaluation_start
             if not math.isfinite(losses["train"] + losses["val"]):
-                raise diverged(config, step)            # before a save
+                raise diverged()                        # before a save
             metrics.append(dict(zip(METRICS, (
                 step, tokens_seen, round(minutes, 4), losses["train"], perplexity(losses["train"]), losses["val"],
                 perplexity(losses["val"]), learning_rate_at(config, step, minutes), round(speed, 1)))))
@@ -545,7 +568,8 @@ def main(argv):
                         write_whole(out_dir / "ckpt.pt", lambda p: torch.save(best, p))
                         best = None
                     newest = {**common, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                              "scaler": scaler.state_dict(), "tokens_seen": tokens_seen,
+                              "loss_scale": scaler.state_dict() if half else None,
+                              "tokens_seen": tokens_seen,
                               "minutes": minutes_before + (time.time() - start) / 60,
                               "metrics": metrics, "lost_steps": [in_a_row.item(), lost.item()],
                               "wandb_id": wandb_run.id if wandb_run else run_id}
@@ -555,7 +579,7 @@ def main(argv):
                 write_whole(out_dir / "metrics.jsonl", lambda p: p.write_text(
                     "".join(json.dumps(m) + "\n" for m in metrics), encoding="utf-8"))
                 if wandb_run:
-                    spare(lambda: wandb_run.log(metrics[-1], step=step))
+                    may_fail(lambda: wandb_run.log(metrics[-1], step=step))
             best_val = min(best_val, losses["val"])
             mark_time, mark_tokens = time.time(), tokens_seen
         if finished:
@@ -582,14 +606,14 @@ def main(argv):
         if config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, norm)
         scaler.step(optimizer)
-        scaler.update()
+        scaler.update(None if half else 1.0)
         in_a_row, lost = (in_a_row + 1) * ~norm.isfinite(), lost + ~norm.isfinite()
         optimizer.zero_grad(set_to_none=True)
         step += 1
         tokens_seen += tokens_per_step
         training += time.perf_counter() - step_start
         if step % 10 == 0 and in_a_row >= 10:           # looked at seldom: it means to wait for the device
-            raise diverged(config, step)
+            raise diverged()
         if main_process and step % config.log_interval == 0:
             speed = (tokens_seen - mark_tokens) / (time.time() - mark_time)
             bar.set_postfix_str(f"step {step}, loss {loss.item():.3f}, {speed:,.0f} tokens/s, "
@@ -599,7 +623,8 @@ def main(argv):
 
     # The end: the best checkpoint is scored on the whole test split
     if main_process:
-        model.load_state_dict(load_checkpoint(out_dir / "ckpt.pt")["model"])
+        best = load_checkpoint(out_dir / "ckpt.pt")
+        model.load_state_dict(best["model"])
         print("the best checkpoint, on the whole test split:")
     if world_size > 1:
         for p in model.parameters():
@@ -607,18 +632,18 @@ def main(argv):
     by_position = evaluate(model, splits["test"], np.arange(n_windows["test"]), eval_batch, autocast, device, world,
                            progress=main_process)
     test_loss = by_position.mean().item()
-    best = min(metrics, key=lambda m: m["val_loss"])
-    results = {"test_loss": test_loss, "test_perplexity": perplexity(test_loss),
-               **{k: best[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
-               "best_step": best["step"], "steps": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 2),
-               "tokens_per_second": round(tokens_seen / max(minutes * 60, 1e-9), 1),
-               "lost_steps": lost.item(), "data_wait_share": round(waiting / max(training, 1e-9), 5),
-               "evaluation_share": round(evaluating / (evaluating + training), 4),
-               "peak_memory_gb": peak_memory_gb(device),
-               "n_params": model.num_params(),
-               "device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
-               "config": {**asdict(config), **asdict(model_config)}}
     if main_process:
+        best = next(m for m in metrics if m["step"] == best["step"])
+        results = {"test_loss": test_loss, "test_perplexity": perplexity(test_loss),
+                   **{k: best[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
+                   "best_step": best["step"], "steps": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 2),
+                   "tokens_per_second": round(tokens_seen / max(minutes * 60, 1e-9), 1),
+                   "lost_steps": lost.item(), "data_wait_share": round(waiting / max(training, 1e-9), 5),
+                   "evaluation_share": round(evaluating / max(evaluating + training, 1e-9), 4),
+                   "peak_memory_gb": peak_memory_gb(device),
+                   "n_params": model.num_params(),
+                   "device": device_name(device), "dtype": str(dtype).removeprefix("torch."),
+                   "config": {**asdict(config), **asdict(model_config)}}
         write_whole(out_dir / "test_loss_by_position.json", lambda p: p.write_text(
             json.dumps([round(x, 4) for x in by_position.tolist()]), encoding="utf-8"))
         write_whole(out_dir / "results.json", lambda p: p.write_text(json.dumps(results, indent=1), encoding="utf-8"))
@@ -627,7 +652,7 @@ def main(argv):
         print(f"test loss {test_loss:.4f}, perplexity {perplexity(test_loss):.2f}; "
               f"now try: python sample.py --model={config.model}")
         if wandb_run:
-            spare(wandb_run.finish)
+            may_fail(wandb_run.finish)
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if world_size > 1:
