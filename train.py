@@ -489,13 +489,13 @@ def main(argv):
     wandb_run = None
     if main_process:
         out_dir.mkdir(parents=True, exist_ok=True)
-        # A command typed too soon must not cost the last run; typed twice neither: what has made no step is not kept. And
-        # results.json is there only when a run has come to its end.
+        # A command typed too soon must not cost the last run; typed twice neither: a run that only wrote its start is not set
+        # aside, it would take the place of a better one. And results.json is there only when a run has come to its end.
         history = out_dir / "metrics.jsonl"
-        keep = resumed or history.exists() and len(history.read_bytes().splitlines()) > 1
-        for old in ("results.json",) if resumed else ("results.json", "last.pt", "ckpt.pt"):
+        only_started = not resumed and history.exists() and history.read_bytes().count(b"\n") == 1
+        for old in () if only_started else ("results.json",) if resumed else ("results.json", "last.pt", "ckpt.pt"):
             if (out_dir / old).exists():
-                os.replace(out_dir / old, out_dir / f"previous-{old}") if keep else (out_dir / old).unlink()
+                os.replace(out_dir / old, out_dir / f"previous-{old}")
         write_whole(out_dir / "model_summary.txt", lambda p: p.write_text(model.summary() + "\n", encoding="utf-8"))
         print(f"{config.model}: {model.num_params():,} parameters; data/{config.dataset}: "
               f"{meta['splits']['train']['tokens']:,} training tokens; {tokens_per_step:,} tokens a step")
