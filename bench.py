@@ -268,7 +268,10 @@ def compare(out_dir):
                   f"| {at_tokens:.3f} | {at_minutes:.3f} | {r['val_loss']:.3f} | {r['test_loss']:.3f} |")
             panel.plot([n / 1e6 for n in curve["tokens_seen"]], curve["val_loss"], label=folder.name, linewidth=2.5)
             if folder.parent == out_dir:        # not the ablation, a folder deeper
-                panels[2].semilogx(range(1, len(by_position) + 1), by_position, label=folder.name, linewidth=2.5)
+                ends = [0] + [2 ** k for k in range(20) if 2 ** k < len(by_position)] + [len(by_position)]
+                mean, = panels[2].semilogx(ends[1:], [np.mean(by_position[a:b]) for a, b in zip(ends, ends[1:])], "o-",
+                                           label=folder.name + ", means up to the mark", linewidth=2.5)
+                panels[2].semilogx(range(1, len(by_position) + 1), by_position, alpha=0.25, color=mean.get_color())
         panel.set_title(name, fontsize=18)
         panel.set_xlabel("million tokens seen", fontsize=16)
         panel.set_ylabel("validation loss, nats per token", fontsize=16)
