@@ -1058,6 +1058,11 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(here, capsys):
     for moments in last["optimizer"]["state"].values():
         moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
     torch.save(last, "out/finished/last.pt")
+    best = torch.load("out/finished/ckpt.pt", weights_only=True)
+    torch.save({**best, "step": 3}, "out/finished/ckpt.pt")             # one of another run
+    Path("out/finished/results.json").rename("out/results.json")
+    with pytest.raises(UserError, match="not of this run"):
+        train.main(["--init_from=resume", "--out_dir=out/finished"])
     train.main(["--init_from=resume", "--out_dir=out/finished", "--max_iters=6"])
     assert json.loads(Path("out/finished/results.json").read_text())["steps"] == 6
 
@@ -1301,7 +1306,7 @@ def test_a_broken_wandb_never_stops_a_run(broken, here, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign", "version", "model", "size", "layers", "field", "weight",
-                                    "sparse", "expanded", "code"])
+                                    "step", "sparse", "expanded", "code"])
 def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
     path, source = tmp_path / "ckpt.pt", Path("outputs/transformer/ckpt.pt")
     checkpoint = torch.load(source, weights_only=True)
@@ -1318,6 +1323,8 @@ def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
             checkpoint["model_config"]["n_layer"] = 50
         elif damage == "layers":        # as many would take hours to build, even without memory
             checkpoint["model_config"]["n_layer"] = 10 ** 9
+        elif damage == "step":
+            checkpoint["step"] = torch.zeros(3, 3)
         elif damage == "sparse":
             checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"].to_sparse()
         elif damage == "expanded":      # a few bytes that claim to be a large model

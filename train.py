@@ -217,8 +217,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if checkpoint.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"format {checkpoint.get('format_version')}, this code reads {FORMAT_VERSION}")
-        if not {"step", "data_sha256", "model"} <= checkpoint.keys():
-            raise ValueError("something is missing")
+        checkpoint["step"], checkpoint["data_sha256"] = int(checkpoint["step"]), str(checkpoint["data_sha256"])
         model_class, config_class, _ = MODELS[checkpoint["config"]["model"]]
         for key, cls in (("config", TrainConfig), ("model_config", config_class)):      # checked as if typed
             typed = data.parse_args([f"--{k}={v}" for k, v in checkpoint[key].items()], "", cls)
@@ -623,8 +622,11 @@ def main(argv):
 
     # The end: the best checkpoint is scored on the whole test split
     if main_process:
-        best = load_checkpoint(out_dir / "ckpt.pt")
-        model.load_state_dict(best["model"])
+        checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+        best = next((m for m in metrics if m["step"] == checkpoint["step"]), None)
+        if best is None:
+            raise UserError(f"{out_dir}/ckpt.pt is not of this run: resume with a higher --max_iters or --max_minutes")
+        model.load_state_dict(checkpoint["model"])
         print("the best checkpoint, on the whole test split:")
     if world_size > 1:
         for p in model.parameters():
@@ -633,7 +635,6 @@ def main(argv):
                            progress=main_process)
     test_loss = by_position.mean().item()
     if main_process:
-        best = next(m for m in metrics if m["step"] == best["step"])
         results = {"test_loss": test_loss, "test_perplexity": perplexity(test_loss),
                    **{k: best[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
                    "best_step": best["step"], "steps": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 2),
