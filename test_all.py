@@ -39,7 +39,7 @@ TINY_KEYS = {"gpt": ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=3
              "lstm": ["--block_size=32", "--n_layer=2", "--n_embd=32", "--n_hidden=32"]}
 BOTH = pytest.mark.parametrize("name", ["gpt", "lstm"])
 # LONG=1 python -m pytest test_all.py: thirty kills instead of three, also under torchrun, a thousand mutations instead of
-# a few dozen, and a source of 5 GB. About an hour and a half.
+# a few dozen, and a source of 5 GB. About an hour.
 LONG = bool(os.environ.get("LONG"))
 
 
