@@ -1096,7 +1096,7 @@ def test_ten_lost_steps_in_a_row_stop_the_run_and_name_the_learning_rate(here, m
     with pytest.raises(UserError, match=r"learning rate: try --learning_rate=0.003"):
         run_tiny("gpt", "out/diverged", "--max_iters=40", "--learning_rate=1e-2")
     last = train.load_checkpoint(Path("out/diverged/last.pt"))
-    assert last["step"] in (12, 16) and all(v.isfinite().all() for v in last["model"].values())
+    assert last["step"] <= 16 and all(v.isfinite().all() for v in last["model"].values())
 
 
 @pytest.mark.parametrize("keys", [["--learning_rate=1e18"], ["--weight_decay=1e18"]])
