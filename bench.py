@@ -166,7 +166,7 @@ def training_rows(name, device):
 
 
 def training_speed(model, dtype, recipe, compiled, device, config):
-    """Tokens per second of train.py's step: forward, backward, clipping where the recipe has it, optimizer."""
+    """Tokens per second of a training step: forward, backward, clipping where the recipe has it, optimizer."""
     settings = data.configure(TrainConfig, RECIPES[recipe])
     optimizer, stepped = make_optimizer(model, settings), torch.compile(model) if compiled else model
     idx = torch.randint(model.config.vocab_size, (config.batch_size, model.config.block_size + 1), device=device)
@@ -245,7 +245,10 @@ def compare(out_dir):
             metrics = [json.loads(line) for line in (path.parent / "metrics.jsonl").open()]
             curve = {k: [m[k] for m in metrics] for k in ("tokens_seen", "minutes", "val_loss")}
             by_position = json.loads((path.parent / "test_loss_by_position.json").read_text())
-            runs.append((json.loads(path.read_text()), curve, by_position, path.parent))
+            results = json.loads(path.read_text())
+            results = {k: results[k] for k in ("config", "tokens_seen", "tokens_per_second", "peak_memory_gb", "val_loss",
+                                               "test_loss")}
+            runs.append((results, curve, by_position, path.parent))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path.parent} is damaged or of an older version ({error}): move it away") from None
     if not runs:

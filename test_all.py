@@ -1614,6 +1614,10 @@ def test_comparing_runs(here, capsys):
         by_position = json.loads(Path(f"outputs/{name}/test_loss_by_position.json").read_text())
         assert len(by_position) == 32 and np.mean(by_position) == pytest.approx(results["test_loss"], abs=1e-4)
     assert Path("outputs/comparison.png").read_bytes()[:4] == b"\x89PNG"
+    shutil.copytree("outputs/rnn", "out/older/rnn")
+    Path("out/older/rnn/results.json").write_text(json.dumps({"config": {"model": "lstm", "dataset": "tiny"}}))
+    with pytest.raises(UserError, match="of an older version"):
+        bench.main(["--compare=True", "--out_dir=out/older"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can be forgotten on Linux and CUDA only")
