@@ -550,11 +550,13 @@ def assign_splits(hashes):
     """Hash of each document (uint64) -> its split (0 train, 1 val, 2 test), or -1 for all but the first of
     identical documents. Ranked by hash, the lowest tenth is val and the next is test: a document's split
     depends on seed and text, never on the order or speed of the workers."""
-    _, first = np.unique(hashes, return_index=True)
+    order = np.argsort(hashes, kind="stable")
+    ranked = hashes[order]
+    first = order[np.append(True, ranked[1:] != ranked[:-1])]
     if len(first) < 3:
         raise UserError(f"{len(first)} different documents cannot be split into train, val and test")
     tenth = max(1, round(len(first) / 10))
-    split = np.full(len(hashes), -1)
+    split = np.full(len(hashes), -1, dtype=np.int8)
     split[first] = 0
     split[first[:tenth]], split[first[tenth:2 * tenth]] = 1, 2
     return split
@@ -596,7 +598,7 @@ def prepare(config):
             raise UserError(f"cannot write the tokenizer ({error})") from None
 
         # All documents go to one file; where each goes from there is known only after the last.
-        hashes, lengths = array("Q"), array("Q")
+        hashes, lengths = array("Q"), array("I")
         with open(raw, "wb") as out:
             for texts in in_batches(documents()):
                 for text, ids in zip(texts, encode(tok, texts)):
@@ -605,7 +607,7 @@ def prepare(config):
                     lengths.append(len(ids))
                     key = hashlib.blake2b(text.encode(), digest_size=8, salt=config.seed.to_bytes(8, "little"))
                     hashes.append(int.from_bytes(key.digest(), "little"))
-        split, starts, splits = assign_splits(np.array(hashes)), np.cumsum(lengths) - lengths, {}
+        split, starts, splits = assign_splits(np.frombuffer(hashes, np.uint64)), np.cumsum(lengths) - lengths, {}
         for k, name in enumerate(SPLITS):
             digest, members = hashlib.sha256(), np.flatnonzero(split == k)
             with open(raw, "rb") as tokens, open(new / f"{name}.bin", "wb") as out:
