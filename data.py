@@ -142,24 +142,11 @@ def run(main):
 # ----------------------------------------------------------------------------------------------------------
 # Documents: a local file, SpeakLeash's plwiki, or mini.
 
-def cut(text, most=100_000):
-    """Yield text in parts of at most so many characters, ending at spaces where there are any: a tokenizer needs some 200
-    bytes of memory for each character of a text."""
-    start = 0
-    while start < len(text):
-        end = start + most
-        if end < len(text):
-            end = text.rfind(" ", start + most // 2, end) + 1 or end
-        yield text[start:end]
-        start = end
-
-
 def read_documents(path, quality="ALL"):
     """Yield the text of each non-blank document of a .jsonl, .jsonl.zst or .txt file, with a progress bar.
 
     JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be missing. A .txt has
-    no borders between documents: it is cut at line ends into pieces of about 2,000 characters. A document of more than
-    100,000 characters becomes several.
+    no borders between documents: it is cut at line ends into pieces of about 2,000 characters.
     Raises UserError, which names the line, for anything else.
     """
     import zstandard
@@ -183,7 +170,7 @@ def read_documents(path, quality="ALL"):
                     piece = record["text"] if quality in ("ALL", label) else ""
                 if piece.strip():
                     found = True
-                    yield from cut(piece.encode("utf-8", "replace").decode())   # JSON can spell half a character
+                    yield piece.encode("utf-8", "replace").decode()     # JSON can spell half a character
         except zstandard.ZstdError as error:
             raise UserError(f"{path} is not a zstd file, or a damaged one ({error})") from None
         except UnicodeDecodeError as error:
@@ -482,9 +469,9 @@ def train_tokenizer(texts, vocab_size):
 
     def sample():       # the trainer keeps every distinct word in memory; more text would hardly change the merges
         size = 0
-        for text in texts:
-            yield text
-            size += len(text)
+        for part in itertools.chain.from_iterable(map(cut, texts)):
+            yield part
+            size += len(part)
             if size > 50_000_000:
                 return
 
@@ -533,15 +520,27 @@ def encode(tok, texts):
 # ----------------------------------------------------------------------------------------------------------
 # Preparation: documents -> data/NAME/{train,val,test}.bin, meta.json, tokenizer/
 
+def cut(text, most=100_000):
+    """Yield text in parts of at most so many characters: a tokenizer needs some 200 bytes of memory for each character of
+    a text. A cut takes the place of a space, for which the ▁ at the front of the next part will stand."""
+    start = 0
+    while len(text) - start > most:
+        end = text.rfind(" ", start + most // 2, start + most)
+        yield text[start:start + most if end < 0 else end]
+        start = start + most if end < 0 else end + 1
+    yield text[start:]
+
+
 def in_batches(texts, characters=500_000):
-    """Lists of texts of about that many characters together: what is held in memory at once."""
+    """Lists of (number of the text, a part of it), about that many characters together: what is held in memory at once."""
     batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
+    for n, text in enumerate(texts):
+        for part in cut(text):
+            batch.append((n, part))
+            size += len(part)
+            if size >= characters:
+                yield batch
+                batch, size = [], 0
     if batch:
         yield batch
 
@@ -573,8 +572,9 @@ def prepare(config):
     """Write data/NAME/ as the DataConfig says. It appears whole or not at all; an older one is replaced."""
     target = dataset_folder(config.dataset)
     source, trained = config.source, config.tokenizer == "train"
-    if target.exists() and (not (target / "meta.json").is_file() or target.resolve() in Path(source).resolve().parents):
-        raise UserError(f"{target} holds files of yours, and would be replaced: choose another --dataset name")
+    yours = {p.name for p in target.iterdir()} - {"meta.json", "tokenizer", *(f"{s}.bin" for s in SPLITS)} if target.exists() else ()
+    if yours:
+        raise UserError(f"{target} holds {min(yours)}, and would be replaced: move it away, or choose another --dataset name")
     if not source and config.dataset not in PRESETS:
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
     tok = None if trained else load_tokenizer(config.tokenizer)     # fails in seconds, before any download
@@ -599,21 +599,27 @@ def prepare(config):
 
         # All documents go to one file; where each goes from there is known only after the last.
         hashes, lengths = array("Q"), array("I")
+
+        def hashed():
+            for text in documents():
+                key = hashlib.blake2b(text.encode(), digest_size=8, salt=config.seed.to_bytes(8, "little"))
+                hashes.append(int.from_bytes(key.digest(), "little"))
+                lengths.append(0)
+                yield text
+
         with open(raw, "wb") as out:
-            for texts in in_batches(documents()):
-                for text, ids in zip(texts, encode(tok, texts)):
-                    ids = [tok.bos_token_id, *ids, tok.eos_token_id]
+            for batch in in_batches(hashed()):
+                for (d, _), ids in zip(batch, encode(tok, [part for _, part in batch])):
                     out.write(np.array(ids, dtype="<u2").tobytes())
-                    lengths.append(len(ids))
-                    key = hashlib.blake2b(text.encode(), digest_size=8, salt=config.seed.to_bytes(8, "little"))
-                    hashes.append(int.from_bytes(key.digest(), "little"))
+                    lengths[d] += len(ids)
+        bos, eos = np.array([tok.bos_token_id, tok.eos_token_id], dtype="<u2")
         split, starts, splits = assign_splits(np.frombuffer(hashes, np.uint64)), np.cumsum(lengths) - lengths, {}
         for k, name in enumerate(SPLITS):
             digest, members = hashlib.sha256(), np.flatnonzero(split == k)
             with open(raw, "rb") as tokens, open(new / f"{name}.bin", "wb") as out:
                 for d in members:
                     tokens.seek(2 * int(starts[d]))
-                    piece = tokens.read(2 * lengths[d])
+                    piece = bos.tobytes() + tokens.read(2 * lengths[d]) + eos.tobytes()
                     digest.update(piece)
                     out.write(piece)
                 splits[name] = {"documents": len(members), "tokens": out.tell() // 2, "sha256": digest.hexdigest()}

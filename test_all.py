@@ -702,7 +702,9 @@ def test_awkward_documents_survive(tmp_path, monkeypatch):
     data.main(["--dataset=odd", "--source=a.jsonl", "--tokenizer=train", "--vocab_size=512"])
     meta, splits = data.load_dataset("odd")
     tok = data.load_tokenizer("data/odd/tokenizer")
-    expected = {part for text in awkward[3:] for part in data.cut(text)} | {"pół znaku ? tutaj"}
+    # a word of ten million characters is cut with a space, every 100,000
+    expected = {" ".join(data.cut(text)) for text in awkward[3:]} | {"pół znaku ? tutaj"}
+    assert set(awkward[3:]) - expected == {"ab" * 5_000_000}
     ids = np.concatenate(list(splits.values())).astype(np.int64)
     documents = np.split(ids, np.flatnonzero(ids == tok.eos_token_id) + 1)[:-1]
     assert all(d[0] == tok.bos_token_id for d in documents) and len(documents) == len(expected)
@@ -713,8 +715,26 @@ def test_awkward_documents_survive(tmp_path, monkeypatch):
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(st.text(alphabet="ab \n", max_size=60), st.integers(2, 20))
 def test_a_long_document_is_cut_without_loss(text, most):
-    parts = list(data.cut(text, most))
-    assert "".join(parts) == text and all(0 < len(p) <= most for p in parts)
+    """But for the spaces at which it is cut: in each part's second half, else nowhere."""
+    parts, rest = list(data.cut(text, most)), text
+    for part in parts[:-1]:
+        assert most // 2 <= len(part) <= most
+        rest = rest[len(part):]
+        assert rest.startswith(" ") or len(part) == most
+        rest = rest.removeprefix(" ") if len(part) < most else rest
+    assert parts[-1] == rest and len(rest) <= most and bool(rest) == bool(text)
+
+
+def test_all_of_a_long_document_is_in_one_split(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts = [f"dokument {i} " * 20_000 for i in range(9)]
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    data.main(["--dataset=long", "--source=a.jsonl", "--tokenizer=train", "--vocab_size=512"])
+    meta, splits = data.load_dataset("long")
+    assert [s["documents"] for s in meta["splits"].values()] == [7, 1, 1]
+    tok = data.load_tokenizer("data/long/tokenizer")
+    found = [text for t in splits.values() for text in tok.decode(t.astype(np.int64)).split("</s>")[:-1]]
+    assert sorted(text.removeprefix("<s>").strip() for text in found) == sorted(text.strip() for text in texts)
 
 
 @pytest.mark.skipif(not LONG, reason="half an hour: LONG=1")
@@ -1379,14 +1399,20 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_loads(here):
 
 def test_preparing_never_removes_foreign_files(work, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data/mine").mkdir(parents=True)
-    shutil.copy(work / "tiny.jsonl", tmp_path / "data/mine/tiny.jsonl")
-    keys = ["--dataset=mine", "--source=data/mine/tiny.jsonl", "--tokenizer=train", "--vocab_size=512"]
-    for _ in range(2):      # the second time the folder looks prepared, but holds the source
-        with pytest.raises(UserError, match="holds files of yours"):
+    (tmp_path / "data").mkdir()
+    keys = ["--dataset=mine", f"--source={work}/tiny.jsonl", "--tokenizer=train", "--vocab_size=512"]
+    for prepared in (False, True):
+        if prepared:
+            shutil.copytree(work / "data/tiny", tmp_path / "data/mine")
+            data.main(keys)                 # replaces its own files
+        else:
+            (tmp_path / "data/mine").mkdir()
+        (tmp_path / "data/mine/notes.txt").write_text("moje")
+        before = (tmp_path / "data/mine/meta.json").exists()
+        with pytest.raises(UserError, match="holds notes.txt"):
             data.main(keys)
-        assert (tmp_path / "data/mine/tiny.jsonl").exists()
-        shutil.copy(work / "data/tiny/meta.json", tmp_path / "data/mine/meta.json")
+        assert (tmp_path / "data/mine/notes.txt").read_text() == "moje" and before == prepared
+        shutil.rmtree(tmp_path / "data/mine")
 
 
 def test_sampling_refuses_a_dataset_prepared_anew(work, tmp_path, monkeypatch):
