@@ -1,7 +1,7 @@
 """GPT-2-style Transformer language model (Radford et al. 2019), tokens -> logits.
 
-Pure PyTorch: no files, no training code. Read it beside model_lstm.py: same order, same names; only
-Block differs, attention here and recurrence there.
+Pure PyTorch: no files, no training code. Read it beside model_lstm.py: same order, same names; Block is where they differ,
+attention here and recurrence there, and so is the state.
 
     model = GPT(GPTConfig())                     # the report's model: 134,367,744 parameters
     logits, loss = model(idx, targets)           # training
@@ -174,7 +174,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def _hidden(self, idx, state=None):
-        """idx (B, T) -> (B, T, C) just before the head. Without a state idx starts the text, with one it goes on."""
+        """idx (B, T) -> (B, T, C) just before the head. Without a state idx starts the text, with one it goes on: then x looks
+        at S keys, those of the cache and its own."""
         T = S = idx.size(1)
         caches, positions = [None] * len(self.blocks), slice(T)
         if state is not None:

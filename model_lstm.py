@@ -1,7 +1,7 @@
 """Stacked LSTM language model (Hochreiter and Schmidhuber 1997; Gers et al. 2000), tokens -> logits.
 
-Pure PyTorch: no files, no training code. Read it beside model_gpt.py: same order, same names; only
-Block differs, recurrence here and attention there.
+Pure PyTorch: no files, no training code. Read it beside model_gpt.py: same order, same names; Block is where they differ,
+recurrence here and attention there, and so is the state.
 
     model = LSTM(LSTMConfig())                   # the report's model: 131,054,848 parameters
     logits, loss = model(idx, targets)           # training
@@ -146,7 +146,7 @@ class Block(nn.Module):
 
     def __init__(self, config, n_input):
         super().__init__()
-        H, self.dropout, self.cudnn = config.n_hidden, config.dropout, config.cudnn
+        H, self.dropout = config.n_hidden, config.dropout
         self.residual = config.residual and n_input == H
         self.weight_ih = nn.Parameter(torch.empty(4 * H, n_input))
         self.weight_hh = nn.Parameter(torch.empty(4 * H, H))
@@ -155,9 +155,6 @@ class Block(nn.Module):
 
     def forward(self, x, h, c, recurrence):
         """x (T, B, n_input), state h and c (B, H) -> y (T, B, H) and the new h and c."""
-        # one token costs cuDNN more in packing its weights than in arithmetic; before 9.13 it had no bfloat16
-        if self.cudnn and x.is_cuda and len(x) > 1 and torch.backends.cudnn.version() >= 91300:
-            recurrence = cudnn_recurrence
         y, h, c = recurrence(x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         y = F.dropout(y, self.dropout, self.training)
         # The identity lets the gradient reach every layer: without it, it must pass through the gates of
@@ -188,6 +185,9 @@ class LSTM(nn.Module):
 
     def _hidden(self, idx, state, recurrence=manual_recurrence):
         """idx (B, T), state before it -> (T, B, H) just before the head, and the state after it."""
+        # one token costs cuDNN more in packing its weights than in arithmetic; before 9.13 it had no bfloat16
+        if self.config.cudnn and idx.is_cuda and idx.size(1) > 1 and torch.backends.cudnn.version() >= 91300:
+            recurrence = cudnn_recurrence
         # time first: the slice of one step is then one contiguous piece of memory
         x = F.dropout(self.wte(idx.t()), self.config.dropout, self.training)
         hs, cs = [], []
