@@ -1,8 +1,8 @@
 """Time generation, or training, of the report's full-size models (random weights), on every device present; compare runs.
 
     python bench.py                             # both models on cuda, mps and cpu, whichever are here
-    python bench.py --model=gpt --device=cpu --new_tokens=64
-    python bench.py --device=cuda --batch_size=32
+    python bench.py --model=gpt --device=cpu --new_tokens=64 --out_dir=outputs/short
+    python bench.py --device=cuda --batch_size=32 --out_dir=outputs/batch32
     python bench.py --train=True                # training steps, from the report's recipe to the tuned one
     python bench.py --compare=True              # the trained runs under outputs/, side by side
     python bench.py --help

@@ -1,5 +1,6 @@
 """Proves the claims of the other files: `python -m pytest test_all.py`. No network, no GPU needed, deterministic."""
 import copy
+import fcntl
 import functools
 import http.server
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -696,15 +698,15 @@ def test_awkward_documents_survive(tmp_path, monkeypatch):
     """Every document that is not blank comes back as it was, once; marks of control in a text stay text."""
     monkeypatch.chdir(tmp_path)
     awkward = ["", "  \n ", "\t\u2003", "\ufeffBOM na początku", "wiersz\r\nCRLF\n\n", "zero\x00bajt", "</s><s> wewnątrz <unk>",
-               "🦊" * 50, "raz", "raz", "\u200fמימין לשמאל\u202e", "  spacje z przodu i z tyłu ", "ab" * 5_000_000, "słowo " * 50_000]
+               "🦊" * 50, "raz", "raz", "\u200fמימין לשמאל\u202e", "  spacje z przodu i z tyłu ", "dolna▁kreska", "ab" * 5_000_000, "słowo " * 50_000]
     lines = [json.dumps({"text": t}) for t in awkward] + ['{"text": "pół znaku \\ud83e tutaj"}']
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n\n".join(lines), encoding="utf-8")
     data.main(["--dataset=odd", "--source=a.jsonl", "--tokenizer=train", "--vocab_size=512"])
     meta, splits = data.load_dataset("odd")
     tok = data.load_tokenizer("data/odd/tokenizer")
     # a word of ten million characters is cut with a space, every 100,000
-    expected = {" ".join(data.cut(text)) for text in awkward[3:]} | {"pół znaku ? tutaj"}
-    assert set(awkward[3:]) - expected == {"ab" * 5_000_000}
+    expected = {" ".join(data.cut(text)) for text in awkward[3:]} - {"dolna▁kreska"} | {"pół znaku ? tutaj", "dolna kreska"}
+    assert set(awkward[3:]) - expected == {"ab" * 5_000_000, "dolna▁kreska"}
     ids = np.concatenate(list(splits.values())).astype(np.int64)
     documents = np.split(ids, np.flatnonzero(ids == tok.eos_token_id) + 1)[:-1]
     assert all(d[0] == tok.bos_token_id for d in documents) and len(documents) == len(expected)
@@ -1021,7 +1023,7 @@ def children(torchrun):
 @BOTH
 @pytest.mark.parametrize("processes", [1, 2] if LONG else [1])
 def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes, here):
-    """SIGKILL, each time at a random moment after the run has begun to work; then resumed, and killed again."""
+    """SIGKILL, each time at a random moment after the run has begun to work, but once SIGTERM; then resumed, and killed again."""
     kills, rng = 30 if LONG else 3, random.Random(f"{name}{processes}")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
     whole, cut = Path(f"out/whole-{name}{processes}"), Path(f"out/cut-{name}{processes}")
@@ -1036,16 +1038,18 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
 
     output = start(whole).communicate(timeout=600)[0]
     assert (whole / "results.json").exists(), output
-    for _ in range(kills):
+    for kill in range(kills):
         process = start(cut)
         for line in process.stdout:
             if "parameters;" in line:       # from here on it writes
                 break
         time.sleep(rng.uniform(0, 0.6))
         assert process.poll() is None, "ended before it could be killed"
-        for pid in [process.pid, *(children(process) if processes == 2 else ())]:
-            os.kill(pid, signal.SIGKILL)
+        workers = children(process) if processes == 2 else [process.pid]
+        for pid in workers if kill == 1 else {process.pid, *workers}:
+            os.kill(pid, signal.SIGTERM if kill == 1 else signal.SIGKILL)
         process.communicate()
+        assert kill != 1 or process.returncode == 0 and (cut / "results.json").exists()
         for path in cut.glob("*.pt"):       # whatever is there is whole
             train.load_checkpoint(path)
     output = start(cut).communicate(timeout=600)[0]
@@ -1078,13 +1082,61 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(here, capsys):
     for moments in last["optimizer"]["state"].values():
         moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
     torch.save(last, "out/finished/last.pt")
-    best = torch.load("out/finished/ckpt.pt", weights_only=True)
-    torch.save({**best, "step": 3}, "out/finished/ckpt.pt")             # one of another run
-    Path("out/finished/results.json").rename("out/results.json")
-    with pytest.raises(UserError, match="not of this run"):
-        train.main(["--init_from=resume", "--out_dir=out/finished"])
     train.main(["--init_from=resume", "--out_dir=out/finished", "--max_iters=6"])
     assert json.loads(Path("out/finished/results.json").read_text())["steps"] == 6
+    assert not list(Path("out/finished").glob("previous-*"))
+
+
+def test_a_resumed_run_keeps_the_best_weights_there_are(here):
+    """Also those of a later moment than last.pt, which a diverged run leaves; but not another run's."""
+    run_tiny("gpt", "out/best", "--max_iters=4")
+    best = torch.load("out/best/ckpt.pt", weights_only=True)
+    best["step"] = best["metrics"][-1]["step"] = 1000
+    best["metrics"][-1]["val_loss"] = 1.25
+    torch.save(best, "out/best/ckpt.pt")
+    train.main(["--init_from=resume", "--out_dir=out/best", "--max_iters=8"])
+    results = json.loads(Path("out/best/results.json").read_text())
+    assert results["best_step"] == 1000 and results["val_loss"] == 1.25 and results["steps"] == 8
+    torch.save({**best, "data_sha256": "0"}, "out/best/ckpt.pt")
+    with pytest.raises(UserError, match="of another run"):
+        train.main(["--init_from=resume", "--out_dir=out/best", "--max_iters=9"])
+
+
+def test_a_resumed_run_may_change_what_is_not_its_own(here):
+    run_tiny("gpt", "out/change", "--max_iters=4")
+    changes = {"learning_rate": 1e-3, "min_lr": 1e-4, "eval_interval": 3, "log_interval": 1, "max_iters": 7, "compile": "False",
+               "device": "cpu"}
+    train.main(["--init_from=resume", "--out_dir=out/change", *(f"--{k}={v}" for k, v in changes.items())])
+    results = json.loads(Path("out/change/results.json").read_text())
+    assert changes.items() <= results["config"].items() and results["steps"] == 7
+    assert [json.loads(m)["step"] for m in Path("out/change/metrics.jsonl").open()] == [0, 4, 6, 7]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(here):
+    run_tiny("gpt", "out/busy", "--max_iters=1")
+    before = {p.name: p.read_bytes() for p in Path("out/busy").iterdir()}
+    with open("out/busy/.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)        # as a run does
+        result = command("train.py", "--dataset=tiny", *TINY_KEYS["gpt"], "--batch_size=8", "--out_dir=out/busy", cwd=here)
+    assert "another run is writing to out/busy" in refused(result)
+    assert {p.name: p.read_bytes() for p in Path("out/busy").iterdir()} == before
+
+
+def test_without_a_c_compiler_a_run_goes_on_uncompiled(here, monkeypatch, tmp_path, capsys):
+    keys = ["--dataset=tiny", *TINY_KEYS["gpt"], "--batch_size=8", "--eval_iters=1", "--max_iters=1", "--out_dir=out/nogcc"]
+    result = command("train.py", *keys, "--compile=True", cwd=here, env={"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    assert "torch.compile does not work here" in refused(result) and "leave --compile out" in refused(result)
+    model = make("gpt")
+    config = train.TrainConfig(compile="auto")
+
+    def no_compiler(_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert train.compiled(model, config, torch.device("cpu")) is model and not capsys.readouterr().out
+    monkeypatch.setattr(torch, "ones", lambda *size, device: None)      # no CUDA needed
+    assert train.compiled(model, config, torch.device("cuda")) is model
+    assert "Failed to find C compiler" in capsys.readouterr().out
 
 
 def spoiled_losses(monkeypatch, bad, spoil):
@@ -1127,6 +1179,21 @@ def test_an_absurd_step_size_is_stopped_before_it_is_saved(keys, here):
         assert all(v.isfinite().all() for v in train.load_checkpoint(Path("out/absurd") / name)["model"].values())
 
 
+def test_an_interrupt_that_ends_the_reader_too_still_saves_and_scores(here):
+    """As `python train.py 2>&1 | tee log` and Ctrl-C do."""
+    process = subprocess.Popen([sys.executable, "-u", str(HERE / "train.py"), "--dataset=tiny", *TINY_KEYS["gpt"],
+                                "--batch_size=8", "--eval_interval=5", "--eval_iters=1", "--out_dir=out/tee"],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 5:"):
+            break
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    results = json.loads(Path("out/tee/results.json").read_text())
+    assert results["steps"] == train.load_checkpoint(Path("out/tee/last.pt"))["step"] >= 5
+
+
 def test_two_interrupts_stop_at_once_and_harm_no_file(here):
     process = subprocess.Popen([sys.executable, "-u", str(HERE / "train.py"), "--dataset=tiny", *TINY_KEYS["gpt"],
                                 "--batch_size=8", "--eval_interval=5", "--out_dir=out/twice"], stdout=subprocess.PIPE,
@@ -1166,7 +1233,7 @@ def test_a_new_run_sets_the_last_ones_checkpoints_aside(here):
                                 "--out_dir=out/again"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and Path("out/again/previous-ckpt.pt").read_bytes() == first:
         time.sleep(0.01)
-    while process.poll() is None and not Path("out/again/metrics.jsonl").read_bytes().count(b"\n") == 1:
+    while process.poll() is None and not Path("out/again/metrics.jsonl").exists():
         time.sleep(0.001)
     process.kill()      # a mistaken start, ended before the next evaluation; the second such must not cost the good run
     process.wait()
@@ -1326,7 +1393,7 @@ def test_a_broken_wandb_never_stops_a_run(broken, here, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "foreign", "version", "model", "size", "layers", "field", "weight",
-                                    "step", "sparse", "expanded", "code"])
+                                    "step", "metrics", "sparse", "expanded", "code"])
 def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
     path, source = tmp_path / "ckpt.pt", Path("outputs/transformer/ckpt.pt")
     checkpoint = torch.load(source, weights_only=True)
@@ -1345,6 +1412,8 @@ def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
             checkpoint["model_config"]["n_layer"] = 10 ** 9
         elif damage == "step":
             checkpoint["step"] = torch.zeros(3, 3)
+        elif damage == "metrics":
+            checkpoint["metrics"][0]["val_loss"] = float("nan")
         elif damage == "sparse":
             checkpoint["model"]["wpe.weight"] = checkpoint["model"]["wpe.weight"].to_sparse()
         elif damage == "expanded":      # a few bytes that claim to be a large model
@@ -1394,7 +1463,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_loads(here):
                                 text=True, timeout=120)
         assert message in refused(result)
     assert train.load_checkpoint(Path("out/full/last.pt"))["step"] == 30 and train.load_checkpoint(Path("out/full/ckpt.pt"))
-    assert not list(Path("out/full").glob(".*")) and not list(Path("data").glob("*full*")) + list(Path("data").glob(".full*"))
+    assert not list(Path("out/full").glob(".*.tmp")) and not list(Path("data").glob("*full*")) + list(Path("data").glob(".full*"))
 
 
 def test_preparing_never_removes_foreign_files(work, tmp_path, monkeypatch):
@@ -1660,9 +1729,16 @@ def test_readme_commands_and_keys_exist():
     """What README.md tells a reader to type is parsed by the scripts as they are."""
     text = (HERE / "README.md").read_text(encoding="utf-8")
     configs = {"data.py": [data.DataConfig], "sample.py": [sample.SampleConfig], "bench.py": [bench.BenchConfig]}
-    found = re.findall(r"(?:python|torchrun [^\n`]*?) ?(\w+\.py)((?: --[^\s`|&]+)*)", text)
-    assert len(found) > 10
+    blocks = "".join(re.findall(r"```(?:ba)?sh\n(.*?)```", text, re.S))
+    shell = 'python() { echo "$*"; }; torchrun() { echo "$*"; }; pip() { :; }\n' + blocks      # bash fills in the variables
+    typed = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout.splitlines()
+    typed += re.findall(r"`(?:python|torchrun) ([^`]+\.py[^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    found = [match.groups() for line in typed for match in re.finditer(r"(\w+\.py)((?: --\S+)*)", line)]
+    assert len(found) > 40
     for script, keys in found:
         classes = configs.get(script, [train.TrainConfig, LSTMConfig if "--model=lstm" in keys else GPTConfig])
         if script != "test_all.py":
-            data.parse_args([k for k in keys.split() if "=" in k], "", *classes)
+            data.parse_args([k for k in keys.split() if k not in ("--help", "--node_rank")], "", *classes)
+    known = {f.name for classes in [*configs.values(), [train.TrainConfig, GPTConfig, LSTMConfig]] for c in classes for f in fields(c)}
+    known |= {"key", "help", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
+    assert set(re.findall(r"--(\w+)", text)) <= known

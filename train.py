@@ -10,6 +10,7 @@
 Owns the checkpoint: writes ckpt.pt (best) and last.pt (newest), and reads them back.
 """
 import ctypes
+import fcntl
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,7 +34,7 @@ from data import UserError, progress_bar
 from model_gpt import GPT, GPTConfig
 from model_lstm import LSTM, LSTMConfig
 
-FORMAT_VERSION = 2      # of the checkpoints; raised when an older one can no longer be read
+FORMAT_VERSION = 3      # of the checkpoints; raised when an older one can no longer be read
 MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
 
 
@@ -106,8 +107,7 @@ MINI = {"block_size": 128, "max_iters": 500, "learning_rate": 2e-3, "min_lr": 2e
 
 # Keys that a resumed run may change. Some of them bend the rest of its curve; any other would make it another run.
 MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup", "eval_interval",
-              "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "device"}
-
+              "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "device", "compile"}
 
 # A line of metrics.jsonl
 METRICS = ("step", "tokens_seen", "minutes", "train_loss", "train_perplexity", "val_loss", "val_perplexity", "learning_rate",
@@ -188,6 +188,10 @@ def device_name(device):
 # ----------------------------------------------------------------------------------------------------------
 # Files: written beside and renamed, so that whoever reads, or pulls the plug, finds the old one or the new one
 
+def first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def write_whole(path, write):
     """Call write(temporary path), then put the file in the place of path."""
     scratch = path.with_name(f".{path.name}.tmp")
@@ -198,8 +202,7 @@ def write_whole(path, write):
         os.replace(scratch, path)
     except (OSError, RuntimeError) as error:    # torch.save on a full disk: RuntimeError
         scratch.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write {path} ({reason}); what was there before is whole") from None
+        raise UserError(f"cannot write {path} ({first_line(error)}); what was there before is whole") from None
 
 
 def kinds(tensors):
@@ -218,6 +221,10 @@ def load_checkpoint(path):
         if checkpoint.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"format {checkpoint.get('format_version')}, this code reads {FORMAT_VERSION}")
         checkpoint["step"], checkpoint["data_sha256"] = int(checkpoint["step"]), str(checkpoint["data_sha256"])
+        checkpoint["metrics"] = [{k: row[k] for k in METRICS} for row in checkpoint["metrics"]]
+        numbers = [v for row in checkpoint["metrics"] for v in row.values()]
+        if not numbers or not all(type(v) in (int, float) and math.isfinite(v) for v in numbers):
+            raise ValueError("its metrics are not numbers")
         model_class, config_class, _ = MODELS[checkpoint["config"]["model"]]
         for key, cls in (("config", TrainConfig), ("model_config", config_class)):      # checked as if typed
             typed = data.parse_args([f"--{k}={v}" for k, v in checkpoint[key].items()], "", cls)
@@ -232,8 +239,7 @@ def load_checkpoint(path):
         if sum(v.nbytes for v in expected.values()) > path.stat().st_size:
             raise ValueError("it is smaller than its weights")
     except (Exception, UserError) as error:     # a damaged file can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{path} is damaged or not a checkpoint of this project ({reason})") from None
+        raise UserError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from None
     return checkpoint
 
 
@@ -262,11 +268,11 @@ def build_model(checkpoint):
 
 
 def restore(saved, path, model, optimizer, scaler):
-    """Put the contents of last.pt into model, optimizer and scaler (None: not float16) -> step, tokens seen, minutes, metrics,
-    lost steps (in a row, in all) and wandb id. Raises UserError where something does not fit, which else would fail at some
-    later step."""
+    """Put the contents of last.pt into model, optimizer and scaler (None: not float16) -> step, tokens seen, minutes, lost
+    steps (in a row, in all) and wandb id. Raises UserError where something does not fit, which else would fail at some later
+    step."""
     try:
-        state, metrics = {}, [{k: m[k] for k in METRICS} for m in saved["metrics"]]
+        state = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, p in enumerate(parameters if saved["optimizer"]["state"] else ()):      # before the first step it is empty
             moments = saved["optimizer"]["state"][i]
@@ -275,8 +281,8 @@ def restore(saved, path, model, optimizer, scaler):
             # copies: away from the file, and every number in a place of its own, whatever strides the file claims
             state[i] = {k: v.clone(memory_format=torch.contiguous_format) for k, v in moments.items()}
         counts = int(saved["step"]), int(saved["tokens_seen"]), float(saved["minutes"]), *map(int, saved["lost_steps"])
-        if not all(type(v) in (int, float) for m in metrics for v in m.values()) or not all(0 <= v < 2 ** 48 for v in counts):
-            raise ValueError("a number is missing or out of range")
+        if not all(0 <= v < 2 ** 48 for v in counts):
+            raise ValueError("a number is out of range")
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})   # its settings come from the config
         if scaler and saved["loss_scale"]:      # None: the run was not in float16 before
@@ -285,9 +291,9 @@ def restore(saved, path, model, optimizer, scaler):
                 raise ValueError("its loss scale is out of range")
             scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": since})
         step, tokens_seen, minutes, in_a_row, lost = counts
-        return step, tokens_seen, minutes, metrics, (in_a_row, lost), saved["wandb_id"] and str(saved["wandb_id"])
+        return step, tokens_seen, minutes, (in_a_row, lost), saved["wandb_id"] and str(saved["wandb_id"])
     except Exception as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})".splitlines()[0]) from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {first_line(error)})") from None
 
 
 def plot_curves(metrics, path, title):
@@ -346,6 +352,19 @@ def learning_rate_at(config, step, minutes):
     return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
+def share_done(config, step, minutes):
+    """How much of the budget is used, 1 at its end."""
+    return max(step / config.max_iters if config.max_iters else 0, minutes / config.max_minutes if config.max_minutes else 0)
+
+
+def scored_steps(out_dir):
+    """How many steps the run had taken when results.json was written; None where there is none."""
+    try:
+        return json.loads((out_dir / "results.json").read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def perplexity(loss):
     """The number of equally likely tokens that would be as hard to guess; capped, for a diverged loss can be 1000."""
     return math.exp(min(loss, 100.0))
@@ -379,13 +398,41 @@ def may_fail(call):
     try:
         return call()
     except Exception as error:
-        print(f"wandb failed, the run goes on: {str(error).strip() or type(error).__name__}")
+        print(f"wandb failed, the run goes on: {first_line(error)}")
 
 
-def start_wandb(config, run_id):
+def start_wandb(config, model_config, run_id):
     import wandb
-    return wandb.init(project=config.wandb_project, name=config.wandb_run_name or None, config=asdict(config),
-                      dir=config.out_dir, id=run_id, resume="allow" if run_id else None)
+    return wandb.init(project=config.wandb_project, name=config.wandb_run_name or None,
+                      config={**asdict(config), **asdict(model_config)}, dir=config.out_dir, id=run_id,
+                      resume="allow" if run_id else None)
+
+
+def compiled(model, config, device):
+    """model through torch.compile, if that is wanted and works here: it needs a C compiler and, on CUDA, Python's headers."""
+    if config.model == "lstm" or config.compile == "False" or config.compile == "auto" and device.type != "cuda":
+        return model
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(16, device=device))
+        return torch.compile(model)
+    except Exception as error:
+        if config.compile == "True":
+            raise UserError(f"torch.compile does not work here ({first_line(error)}): leave --compile out") from None
+        print(f"torch.compile does not work here ({first_line(error)}): the run goes on without it, somewhat slower")
+        return model
+
+
+def outlive_reader(stream):
+    """From now on writing to stream never fails: Ctrl-C also ends the tee of `python train.py | tee log`, and the run must
+    still save."""
+    for name in ("write", "flush"):
+        def safe(*args, call=getattr(stream, name)):
+            try:
+                return call(*args)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+        setattr(stream, name, safe)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -467,41 +514,55 @@ def main(argv):
     half = dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0 ** 16 if half else 1.0)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    step, tokens_seen, minutes_before, metrics, lost_steps, run_id = 0, 0, 0.0, [], (0, 0), None
+    step, tokens_seen, minutes_before, metrics, lost_steps, run_id, best_val = 0, 0, 0.0, [], (0, 0), None, math.inf
     if saved:
-        step, tokens_seen, minutes_before, metrics, lost_steps, run_id = restore(saved, out_dir / "last.pt", model, optimizer,
-                                                                                 scaler if half else None)
-        if (out_dir / "results.json").exists() and (0 < config.max_iters <= step or 0 < config.max_minutes <= minutes_before):
+        metrics = saved["metrics"]
+        step, tokens_seen, minutes_before, lost_steps, run_id = restore(saved, out_dir / "last.pt", model, optimizer,
+                                                                        scaler if half else None)
+        if share_done(config, step, minutes_before) >= 1 and scored_steps(out_dir) == step:
             if main_process:
                 print(f"the run in {out_dir} is finished: {step} steps, {minutes_before:.1f} minutes (see results.json). "
                       "--max_iters or --max_minutes above that go on with it")
             return
+        if (out_dir / "ckpt.pt").exists():
+            kept = load_checkpoint(out_dir / "ckpt.pt")
+            if any(kept[k] != saved[k] for k in ("model_config", "data_sha256")):
+                raise UserError(f"{out_dir}/ckpt.pt is of another run than last.pt: move it away")
+            best_val = kept["metrics"][-1]["val_loss"]
+            del kept            # a file stays open as long as its contents are held
     in_a_row, lost = torch.tensor(lost_steps, device=device)    # steps without a finite gradient: up to now, and in all
     resumed = saved is not None
-    del saved                   # its file stays open as long as it is held
-    stepped = model             # the same parameters, compiled and synchronised between processes where asked
-    if config.model == "gpt" and (config.compile == "True" or config.compile == "auto" and device.type == "cuda"):
-        stepped = torch.compile(stepped)
+    del saved
+    stepped = compiled(model, config, device)       # the same parameters; between processes, synchronised too
     if world_size > 1:
-        stepped = DistributedDataParallel(stepped)
+        stepped = DistributedDataParallel(stepped, broadcast_buffers=False)     # the only one is the GPT's mask
 
     wandb_run = None
     if main_process:
         out_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(out_dir / ".lock", "w")         # held until the program ends, however it does
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {out_dir}: choose another --out_dir") from None
+        except OSError:                             # a network folder may know no locks
+            pass
         # A command typed too soon must not cost the last run; typed twice neither: a run that only wrote its start is not set
-        # aside, it would take the place of a better one. And results.json is there only when a run has come to its end.
+        # aside, it would take the place of a better one.
         history = out_dir / "metrics.jsonl"
-        only_started = not resumed and history.exists() and history.read_bytes().count(b"\n") == 1
-        for old in () if only_started else ("results.json",) if resumed else ("results.json", "last.pt", "ckpt.pt"):
-            if (out_dir / old).exists():
-                os.replace(out_dir / old, out_dir / f"previous-{old}")
+        only_started = history.exists() and history.read_bytes().count(b"\n") < 2
+        old = [name for name in ("results.json", "last.pt", "ckpt.pt", "metrics.jsonl") if (out_dir / name).exists()]
+        if old and not (resumed or only_started):
+            print(f"the last run in this folder is kept as {out_dir}/previous-*")
+            for name in old:
+                os.replace(out_dir / name, out_dir / f"previous-{name}")
         write_whole(out_dir / "model_summary.txt", lambda p: p.write_text(model.summary() + "\n", encoding="utf-8"))
         print(f"{config.model}: {model.num_params():,} parameters; data/{config.dataset}: "
               f"{meta['splits']['train']['tokens']:,} training tokens; {tokens_per_step:,} tokens a step")
         print(f"{device_name(device)}; {dtype} ({reason}); results in {out_dir}/")
         if resumed:
             print(f"resumed at step {step}, after {minutes_before:.1f} minutes")
-        wandb_run = may_fail(lambda: start_wandb(config, run_id)) if config.wandb_log else None
+        wandb_run = may_fail(lambda: start_wandb(config, model_config, run_id)) if config.wandb_log else None
 
     # The first Ctrl-C or SIGTERM finishes the step, saves and scores; a second Ctrl-C ends at once.
     stop = []
@@ -510,43 +571,62 @@ def main(argv):
         stop.append(signum)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if main_process:
-            print("\nstopping: this step, then a save and the final test; Ctrl-C ends at once", flush=True)
+            with suppress(OSError):     # not print: a signal can come in the midst of one
+                os.write(2, b"\nstopping: this step, then a save and the final test; Ctrl-C ends at once\n")
 
     handlers = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    best, saved_at, save_seconds = None, -math.inf, 0.0     # the best weights not yet on disk; the last save, how long it took
+
+    def checkpoint():
+        """What ckpt.pt and last.pt have in common. The last line of metrics is, in ckpt.pt, that of its weights."""
+        return {"format_version": FORMAT_VERSION, "step": step, "config": asdict(config), "model_config": asdict(model_config),
+                "data_sha256": meta["splits"]["train"]["sha256"], "metrics": list(metrics), "model": model.state_dict()}
+
+    def save():
+        """Write what a resumed run needs: ckpt.pt where there is a better one, and last.pt."""
+        nonlocal best, saved_at, save_seconds
+        begin = time.perf_counter()
+        if best:
+            write_whole(out_dir / "ckpt.pt", lambda p: torch.save(best, p))
+            best = None
+        newest = {**checkpoint(), "optimizer": optimizer.state_dict(), "loss_scale": scaler.state_dict() if half else None,
+                  "tokens_seen": tokens_seen, "minutes": minutes_before + (time.perf_counter() - start) / 60,
+                  "lost_steps": [in_a_row.item(), lost.item()], "wandb_id": wandb_run.id if wandb_run else run_id}
+        write_whole(out_dir / "last.pt", lambda p: torch.save(newest, p))
+        saved_at = time.perf_counter()
+        save_seconds = saved_at - begin
 
     def diverged():
         if best:
             write_whole(out_dir / "ckpt.pt", lambda p: torch.save(best, p))
         return UserError(f"step {step}: the loss or its gradient has stopped being finite. The usual suspect is the learning rate: "
-                         f"try --learning_rate={config.learning_rate / 3:.1g}. {out_dir} holds the weights from before")
+                         f"try --learning_rate={config.learning_rate / 3:.1g} --min_lr={config.min_lr / 3:.1g}. {out_dir} holds "
+                         "the weights from before")
 
     # The loop
     model.train()
-    start = time.time()
-    # the loss of ckpt.pt; inf where there is none, or one of a later step, which a kill kept from reaching last.pt
-    kept = load_checkpoint(out_dir / "ckpt.pt")["step"] if resumed and (out_dir / "ckpt.pt").exists() else None
-    best_val = next((m["val_loss"] for m in metrics if m["step"] == kept), math.inf)
-    best, saved_at, save_seconds = None, 0.0, 0.0       # the best weights not yet on disk; the last save
-    mark_time, mark_tokens = start, tokens_seen         # of the last evaluation's end, for tokens/s
+    start = mark_time = time.perf_counter()             # mark: the last evaluation's end, for tokens/s
+    mark_tokens = tokens_seen
     waiting = training = evaluating = 0.0               # seconds for batches, for whole steps, for evaluations
-    bar = progress_bar(total=1.0, desc=config.model, disable=not main_process, smoothing=0,
-               bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
+    bar = progress_bar(total=1.0, initial=min(1.0, share_done(config, step, minutes_before)), desc=config.model, smoothing=0,
+                       disable=not main_process, bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}")
     while True:
         # every process must decide alike, so they share the clock and the wish to stop
-        clock = torch.tensor([minutes_before + (time.time() - start) / 60, len(stop)], dtype=torch.float64)
+        clock = torch.tensor([minutes_before + (time.perf_counter() - start) / 60, len(stop)], dtype=torch.float64)
         if world_size > 1:
             dist.all_reduce(clock, dist.ReduceOp.MAX)
         minutes, stopping = clock.tolist()
-        done = max(step / config.max_iters if config.max_iters else 0,
-                   minutes / config.max_minutes if config.max_minutes else 0)
-        finished = stopping or done >= 1
+        done = share_done(config, step, minutes)
 
-        if (step % config.eval_interval == 0 or finished) and not (metrics and metrics[-1]["step"] == step):
-            speed = (tokens_seen - mark_tokens) / (time.time() - mark_time)
-            evaluation_start = time.time()
+        # Told to stop, save at once: a resumed run takes the evaluation that was due, and its curve is as if it never stopped
+        due = not metrics or done >= 1 or step % config.eval_interval == 0 and not stopping
+        if due and not (metrics and metrics[-1]["step"] == step):
+            speed = (tokens_seen - mark_tokens) / (time.perf_counter() - mark_time)
+            evaluation_start = time.perf_counter()
             losses = {s: evaluate(model, splits[s], windows, eval_batch, autocast, device, world).mean().item()
                       for s, windows in eval_windows.items()}
-            evaluating += time.time() - evaluation_start
+            evaluating += time.perf_counter() - evaluation_start
             if not math.isfinite(losses["train"] + losses["val"]):
                 raise diverged()                        # before a save
             metrics.append(dict(zip(METRICS, (
@@ -555,33 +635,18 @@ def main(argv):
             if main_process:
                 bar.write(f"step {step}: train {losses['train']:.4f}, val {losses['val']:.4f}, "
                           f"perplexity {perplexity(losses['val']):.2f}, {speed:,.0f} tokens/s")
-                common = {"format_version": FORMAT_VERSION, "step": step, "config": asdict(config),
-                          "model_config": asdict(model_config), "data_sha256": meta["splits"]["train"]["sha256"]}
-                if losses["val"] < best_val:
-                    best = {**common, "model": {k: v.clone() for k, v in model.state_dict().items()}}
-                # A full-size last.pt is 1.6 GB: where evaluations are seconds apart, most are not worth a write. Saves
-                # take at most a twentieth of the time; both files are of one moment, so a resumed run knows its best.
-                if finished or time.time() - saved_at >= 20 * save_seconds:
-                    saved_at = time.time()
-                    if best:
-                        write_whole(out_dir / "ckpt.pt", lambda p: torch.save(best, p))
-                        best = None
-                    newest = {**common, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                              "loss_scale": scaler.state_dict() if half else None,
-                              "tokens_seen": tokens_seen,
-                              "minutes": minutes_before + (time.time() - start) / 60,
-                              "metrics": metrics, "lost_steps": [in_a_row.item(), lost.item()],
-                              "wandb_id": wandb_run.id if wandb_run else run_id}
-                    write_whole(out_dir / "last.pt", lambda p: torch.save(newest, p))
-                    save_seconds = time.time() - saved_at
-                    saved_at += save_seconds
-                write_whole(out_dir / "metrics.jsonl", lambda p: p.write_text(
-                    "".join(json.dumps(m) + "\n" for m in metrics), encoding="utf-8"))
+                write_whole(history, lambda p: p.write_text("".join(json.dumps(m) + "\n" for m in metrics), encoding="utf-8"))
                 if wandb_run:
                     may_fail(lambda: wandb_run.log(metrics[-1], step=step))
-            best_val = min(best_val, losses["val"])
-            mark_time, mark_tokens = time.time(), tokens_seen
-        if finished:
+                if losses["val"] < best_val:
+                    best_val, best = losses["val"], checkpoint()
+                    best["model"] = {k: v.clone() for k, v in best["model"].items()}
+                # A full-size last.pt is 1.6 GB: where evaluations are seconds apart, most are not worth a write. Saves take at
+                # most a twentieth of the time; both files are of one moment.
+                if done < 1 and time.perf_counter() - saved_at >= 20 * save_seconds:
+                    save()
+            mark_time, mark_tokens = time.perf_counter(), tokens_seen
+        if stopping or done >= 1:
             break
 
         step_start = time.perf_counter()
@@ -614,20 +679,19 @@ def main(argv):
         if step % 10 == 0 and in_a_row >= 10:           # looked at seldom: it means to wait for the device
             raise diverged()
         if main_process and step % config.log_interval == 0:
-            speed = (tokens_seen - mark_tokens) / (time.time() - mark_time)
+            speed = (tokens_seen - mark_tokens) / (time.perf_counter() - mark_time)
             bar.set_postfix_str(f"step {step}, loss {loss.item():.3f}, {speed:,.0f} tokens/s, "
                                 f"{speed * model.flops_per_token() / 1e12:.2f} TFLOP/s", refresh=False)
         bar.update(max(0.0, min(done, 1.0) - bar.n))
     bar.close()
 
-    # The end: the best checkpoint is scored on the whole test split
+    # The end: a save, and the best checkpoint is scored on the whole test split
     if main_process:
-        checkpoint = load_checkpoint(out_dir / "ckpt.pt")
-        best = next((m for m in metrics if m["step"] == checkpoint["step"]), None)
-        if best is None:
-            raise UserError(f"{out_dir}/ckpt.pt is not of this run: resume with a higher --max_iters or --max_minutes")
-        model.load_state_dict(checkpoint["model"])
-        print("the best checkpoint, on the whole test split:")
+        save()
+        scored = load_checkpoint(out_dir / "ckpt.pt")
+        best_row = scored["metrics"][-1]
+        model.load_state_dict(scored["model"])
+        print(f"the best checkpoint, of step {best_row['step']}, on the whole test split:")
     if world_size > 1:
         for p in model.parameters():
             dist.broadcast(p.data, 0)
@@ -636,8 +700,8 @@ def main(argv):
     test_loss = by_position.mean().item()
     if main_process:
         results = {"test_loss": test_loss, "test_perplexity": perplexity(test_loss),
-                   **{k: best[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
-                   "best_step": best["step"], "steps": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 2),
+                   **{k: best_row[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
+                   "best_step": best_row["step"], "steps": step, "tokens_seen": tokens_seen, "minutes": round(minutes, 2),
                    "tokens_per_second": round(tokens_seen / max(minutes * 60, 1e-9), 1),
                    "lost_steps": lost.item(), "data_wait_share": round(waiting / max(training, 1e-9), 5),
                    "evaluation_share": round(evaluating / max(evaluating + training, 1e-9), 4),
@@ -647,13 +711,15 @@ def main(argv):
                    "config": {**asdict(config), **asdict(model_config)}}
         write_whole(out_dir / "test_loss_by_position.json", lambda p: p.write_text(
             json.dumps([round(x, 4) for x in by_position.tolist()]), encoding="utf-8"))
-        write_whole(out_dir / "results.json", lambda p: p.write_text(json.dumps(results, indent=1), encoding="utf-8"))
         plot_curves(metrics, out_dir / "learning_curves.png",
                     f"{config.model}, {config.recipe} recipe, data/{config.dataset}")
+        # the last: with it the run is finished
+        write_whole(out_dir / "results.json", lambda p: p.write_text(json.dumps(results, indent=1), encoding="utf-8"))
         print(f"test loss {test_loss:.4f}, perplexity {perplexity(test_loss):.2f}; "
               f"now try: python sample.py --model={config.model}")
         if wandb_run:
             may_fail(wandb_run.finish)
+        lock.close()
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if world_size > 1:
@@ -663,4 +729,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    outlive_reader(sys.stdout), outlive_reader(sys.stderr)
     data.run(main)
