@@ -522,7 +522,8 @@ def encode(tok, texts):
 
 def cut(text, most=100_000):
     """Yield text in parts of at most so many characters: a tokenizer needs some 200 bytes of memory for each character of
-    a text. A cut takes the place of a space, for which the ▁ at the front of the next part will stand."""
+    a text. A cut takes the place of a space, for which the ▁ at the front of the next part will stand (a tokenizer that
+    puts none there loses that space)."""
     start = 0
     while len(text) - start > most:
         end = text.rfind(" ", start + most // 2, start + most)
@@ -551,7 +552,9 @@ def assign_splits(hashes):
     depends on seed and text, never on the order or speed of the workers."""
     order = np.argsort(hashes, kind="stable")
     ranked = hashes[order]
-    first = order[np.append(True, ranked[1:] != ranked[:-1])]
+    is_first = np.append(True, ranked[1:] != ranked[:-1])
+    del ranked                          # 5 GB can hold 16 million short documents, 130 MB of hashes
+    first = order[is_first]
     if len(first) < 3:
         raise UserError(f"{len(first)} different documents cannot be split into train, val and test")
     tenth = max(1, round(len(first) / 10))
@@ -572,7 +575,8 @@ def prepare(config):
     """Write data/NAME/ as the DataConfig says. It appears whole or not at all; an older one is replaced."""
     target = dataset_folder(config.dataset)
     source, trained = config.source, config.tokenizer == "train"
-    yours = {p.name for p in target.iterdir()} - {"meta.json", "tokenizer", *(f"{s}.bin" for s in SPLITS)} if target.exists() else ()
+    names = {p.name for p in target.iterdir()} if target.exists() else set()
+    yours = names - ({"meta.json", "tokenizer", ".DS_Store", *(f"{s}.bin" for s in SPLITS)} if "meta.json" in names else set())
     if yours:
         raise UserError(f"{target} holds {min(yours)}, and would be replaced: move it away, or choose another --dataset name")
     if not source and config.dataset not in PRESETS:

@@ -48,7 +48,7 @@ def on_host(t):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Mean cross entropy, in nats, of logits (N, V) against targets (N,): F.cross_entropy for a large vocabulary.
+    """Cross entropy, in nats, of logits (N, V) against targets (N,) -> (N,): F.cross_entropy for a large vocabulary.
 
     In float32, since a softmax over 32,000 terms loses too much in half precision, but a few rows at a time: of the
     whole there are never more than the logits and their gradient, in the dtype they came in, where autograd would hold
@@ -60,17 +60,17 @@ class CrossEntropy(torch.autograd.Function):
         ctx.rows = 64 if on_host(logits) else 4096      # 8 MB of float32, which a CPU's cache holds; few launches on a GPU
         log_sum = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(ctx.rows)])     # (N,)
         ctx.save_for_backward(logits, targets, log_sum)
-        return (log_sum - logits.gather(1, targets[:, None])[:, 0].float()).mean()
+        return log_sum - logits.gather(1, targets[:, None])[:, 0].float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss):
         logits, targets, log_sum = ctx.saved_tensors
         d = torch.empty_like(logits)
-        for out, rows, target, ls in zip(*(t.split(ctx.rows) for t in (d, logits, targets, log_sum))):
+        for out, rows, target, ls, dl in zip(*(t.split(ctx.rows) for t in (d, logits, targets, log_sum, d_loss))):
             p = (rows.float() - ls[:, None]).exp_()                     # softmax
             p[torch.arange(len(p), device=p.device), target] -= 1
-            out.copy_(p.mul_(d_loss / len(logits)))
+            out.copy_(p.mul_(dl[:, None]))
         return d, None
 
 
@@ -204,7 +204,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
-        return logits, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+        return logits, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten()).mean()
 
     def init_state(self, batch_size):
         """An empty KV cache, allocated once: keys and values (n_layer, 2, B, nh, block_size, hs), and how many tokens

@@ -207,7 +207,7 @@ class LSTM(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
-        return logits, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
+        return logits, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten()).mean()
 
     def init_state(self, batch_size):
         """(h, c), each (n_layer, B, H): all that the model remembers of its past. All zeros: zeroing a state empties it."""

@@ -195,8 +195,9 @@ def test_the_loss_is_pytorchs_and_keeps_nothing_but_the_logits(dtype):
     logits, targets = (3 * torch.randn(150, 40)).to(dtype).requires_grad_(), torch.randint(40, (150,))  # 64 + 64 + 22 rows
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        loss = CrossEntropy.apply(logits, targets)
-    expected = nn.functional.cross_entropy(logits.float(), targets)
+        losses = CrossEntropy.apply(logits, targets)
+    assert torch.allclose(losses, nn.functional.cross_entropy(logits.float(), targets, reduction="none"), atol=1e-6)
+    loss, expected = losses.mean(), nn.functional.cross_entropy(logits.float(), targets)
     assert loss.dtype == torch.float32 and torch.allclose(loss, expected, atol=1e-6)
     assert [t.shape for t in kept if t.dim() == 2] == [logits.shape] and sum(t.numel() for t in kept) == 150 * 42
     for scale in (1.0, 1024.0):     # GradScaler's
@@ -1476,11 +1477,11 @@ def test_preparing_never_removes_foreign_files(work, tmp_path, monkeypatch):
             data.main(keys)                 # replaces its own files
         else:
             (tmp_path / "data/mine").mkdir()
-        (tmp_path / "data/mine/notes.txt").write_text("moje")
-        before = (tmp_path / "data/mine/meta.json").exists()
-        with pytest.raises(UserError, match="holds notes.txt"):
+        mine = tmp_path / "data/mine" / ("notes.txt" if prepared else "train.bin")
+        mine.write_text("moje")
+        with pytest.raises(UserError, match=f"holds {mine.name}"):
             data.main(keys)
-        assert (tmp_path / "data/mine/notes.txt").read_text() == "moje" and before == prepared
+        assert mine.read_text() == "moje"
         shutil.rmtree(tmp_path / "data/mine")
 
 

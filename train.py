@@ -26,12 +26,11 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import data
 from data import UserError, progress_bar
-from model_gpt import GPT, GPTConfig
+from model_gpt import GPT, CrossEntropy, GPTConfig
 from model_lstm import LSTM, LSTMConfig
 
 FORMAT_VERSION = 3      # of the checkpoints; raised when an older one can no longer be read
@@ -383,9 +382,8 @@ def evaluate(model, tokens, windows, batch_size, autocast, device, world, progre
         idx, targets = data.get_batch(tokens, mine[i:i + batch_size], block_size, device)
         with autocast:
             logits = model(idx, targets)[0]
-        # window by window: all logits at once in float32 would be gigabytes
-        losses = [F.cross_entropy(row.float(), target, reduction="none") for row, target in zip(logits, targets)]
-        total[:-1] += torch.stack(losses).sum(dim=0).cpu()
+        losses = CrossEntropy.apply(logits.flatten(0, 1), targets.flatten()).view_as(targets)
+        total[:-1] += losses.sum(dim=0).cpu()
         total[-1] += len(idx)
     if world_size > 1:
         dist.all_reduce(total)
