@@ -240,7 +240,7 @@ def compare(out_dir):
     """A table (Markdown) of the finished runs in and below out_dir, and out_dir/comparison.png: their validation losses, and
     the test loss at each position of the context. Equal tokens and equal minutes are those of the run that has fewest."""
     runs = []       # (results, curve, test loss by position, folder)
-    for path in sorted(out_dir.rglob("results.json")):
+    for path in sorted(p for p in out_dir.rglob("results.json") if p.parent.name != "previous"):    # set aside by train.py
         try:
             metrics = [json.loads(line) for line in (path.parent / "metrics.jsonl").open()]
             curve = {k: [m[k] for m in metrics] for k in ("tokens_seen", "minutes", "val_loss")}

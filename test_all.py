@@ -2,6 +2,7 @@
 import copy
 import fcntl
 import functools
+import gc
 import http.server
 import json
 import os
@@ -1085,7 +1086,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(here, capsys):
     torch.save(last, "out/finished/last.pt")
     train.main(["--init_from=resume", "--out_dir=out/finished", "--max_iters=6"])
     assert json.loads(Path("out/finished/results.json").read_text())["steps"] == 6
-    assert not list(Path("out/finished").glob("previous-*"))
+    assert not Path("out/finished/previous").exists()
 
 
 def test_a_resumed_run_keeps_the_best_weights_there_are(here):
@@ -1098,9 +1099,14 @@ def test_a_resumed_run_keeps_the_best_weights_there_are(here):
     train.main(["--init_from=resume", "--out_dir=out/best", "--max_iters=8"])
     results = json.loads(Path("out/best/results.json").read_text())
     assert results["best_step"] == 1000 and results["val_loss"] == 1.25 and results["steps"] == 8
-    torch.save({**best, "data_sha256": "0"}, "out/best/ckpt.pt")
-    with pytest.raises(UserError, match="of another run"):
-        train.main(["--init_from=resume", "--out_dir=out/best", "--max_iters=9"])
+    for change in ({"data_sha256": "0"}, {"config": {**best["config"], "seed": 3}}):
+        torch.save({**best, **change}, "out/best/ckpt.pt")
+        with pytest.raises(UserError, match="of another run"):
+            train.main(["--init_from=resume", "--out_dir=out/best", "--max_iters=9"])
+    Path("out/best/ckpt.pt").unlink()       # as the message says: then the newest weights are the best there are
+    Path("out/best/results.json").unlink()
+    train.main(["--init_from=resume", "--out_dir=out/best"])
+    assert json.loads(Path("out/best/results.json").read_text())["best_step"] == 8
 
 
 def test_a_resumed_run_may_change_what_is_not_its_own(here):
@@ -1228,18 +1234,62 @@ def test_a_new_run_sets_the_last_ones_checkpoints_aside(here):
     run_tiny("gpt", "out/again", "--max_iters=1")
     first = Path("out/again/ckpt.pt").read_bytes()
     run_tiny("gpt", "out/again", "--max_iters=1", "--seed=5")
-    assert Path("out/again/previous-ckpt.pt").read_bytes() == first != Path("out/again/ckpt.pt").read_bytes()
+    assert Path("out/again/previous/ckpt.pt").read_bytes() == first != Path("out/again/ckpt.pt").read_bytes()
+    sample.main(["--out_dir=out/again/previous", "--max_new_tokens=2"])     # a whole run
+    assert {p.name for p in Path("out/again/previous").iterdir()} == \
+           {p.name for p in Path("out/again").glob("[a-z]*.*")} - {"model_summary.txt"}
     second = Path("out/again/ckpt.pt").read_bytes()
     process = subprocess.Popen([sys.executable, str(HERE / "train.py"), "--dataset=tiny", *TINY_KEYS["gpt"], "--batch_size=8",
                                 "--out_dir=out/again"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and Path("out/again/previous-ckpt.pt").read_bytes() == first:
-        time.sleep(0.01)
+    while process.poll() is None and Path("out/again/ckpt.pt").exists():
+        time.sleep(0.001)
     while process.poll() is None and not Path("out/again/metrics.jsonl").exists():
         time.sleep(0.001)
     process.kill()      # a mistaken start, ended before the next evaluation; the second such must not cost the good run
     process.wait()
     run_tiny("gpt", "out/again", "--max_iters=1")
-    assert Path("out/again/previous-ckpt.pt").read_bytes() == second
+    assert Path("out/again/previous/ckpt.pt").read_bytes() == second
+
+
+def test_a_stopped_run_is_set_aside_though_it_was_evaluated_only_once(here):
+    process = subprocess.Popen([sys.executable, "-u", str(HERE / "train.py"), "--dataset=tiny", *TINY_KEYS["gpt"], "--batch_size=8",
+                                "--eval_interval=100000", "--out_dir=out/once"], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("step 0:"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert "of step 0, on the whole test split" in process.communicate(timeout=60)[0]
+    step = train.load_checkpoint(Path("out/once/last.pt"))["step"]
+    run_tiny("gpt", "out/once", "--max_iters=1")
+    assert train.load_checkpoint(Path("out/once/previous/last.pt"))["step"] == step > 1
+
+
+def test_setting_aside_is_finished_by_the_next_run_after_a_kill(here, monkeypatch):
+    run_tiny("gpt", "out/aside", "--max_iters=1")
+    run_tiny("gpt", "out/aside", "--max_iters=2")
+    files = {p.name: p.read_bytes() for p in Path("out/aside").glob("[a-z]*.*") if p.name != "model_summary.txt"}
+    assert len(files) == 6
+    replace = os.replace
+    for k in range(len(files) + 1):         # killed before each of the moves in turn
+        left = iter(range(k))
+
+        def fails(a, b):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            replace(a, b)
+
+        for name, content in files.items():
+            (Path("out/aside") / name).write_bytes(content)
+        with monkeypatch.context() as m:
+            m.setattr(os, "replace", fails)
+            with pytest.raises(KeyboardInterrupt):
+                train.claim_folder(Path("out/aside"), False)
+        gc.collect()                        # frees the lock
+        train.claim_folder(Path("out/aside"), False).close()
+        assert {p.name: p.read_bytes() for p in Path("out/aside/previous").iterdir()} == files
+        assert not Path("out/aside/ckpt.pt").exists() and not Path("out/aside/.previous.tmp").exists()
 
 
 def test_time_budget_ends_a_run(here):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -108,6 +109,9 @@ MINI = {"block_size": 128, "max_iters": 500, "learning_rate": 2e-3, "min_lr": 2e
 MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup", "eval_interval",
               "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "device", "compile"}
 
+# What a run leaves in out_dir and a new one there sets aside, beginning with the file by which it decides to
+RUN_FILES = ("metrics.jsonl", "learning_curves.png", "test_loss_by_position.json", "transformer_inference_results.json",
+             "rnn_inference_results.json", "results.json", "ckpt.pt", "last.pt")
 # A line of metrics.jsonl
 METRICS = ("step", "tokens_seen", "minutes", "train_loss", "train_perplexity", "val_loss", "val_perplexity", "learning_rate",
            "tokens_per_second")
@@ -242,6 +246,51 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def identity(checkpoint):
+    """All that two checkpoints of one run have in common."""
+    fixed = {k: v for k, v in checkpoint["config"].items() if k not in MAY_CHANGE}
+    return checkpoint["model_config"], checkpoint["data_sha256"], fixed
+
+
+def only_started(out_dir):
+    """Has the run in out_dir taken its first evaluation and not one step that was saved?"""
+    history, last = out_dir / "metrics.jsonl", out_dir / "last.pt"
+    if not history.exists() or history.read_bytes().count(b"\n") > 1:
+        return False
+    try:
+        return not last.exists() or load_checkpoint(last)["step"] == 0
+    except UserError:
+        return False
+
+
+def claim_folder(out_dir, resumed):
+    """Make out_dir this run's own -> the lock, an open file. A new run moves what the last one left to out_dir/previous.
+
+    Raises UserError where another run is writing there.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(out_dir / ".lock", "w")         # the system frees it when the program ends, however it does
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {out_dir}: choose another --out_dir") from None
+    except OSError:                             # a network folder may know no locks
+        pass
+    # A command typed too soon must not cost the last run; typed twice neither: a run that only wrote its start would take
+    # the place of a better one.
+    files = [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]
+    moving, previous = out_dir / ".previous.tmp", out_dir / "previous"
+    if not resumed and files and not only_started(out_dir):
+        moving.mkdir(exist_ok=True)
+        for file in files:
+            os.replace(file, moving / file.name)
+    if moving.exists():     # also where a kill has come between these moves
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(moving, previous)
+        print(f"the last run in {out_dir} is now in {previous}")
+    return lock
+
+
 def check_size(model_class, config, device):
     """Raises UserError for a model that this device cannot train, before any of it is allocated: a CPU's system would not
     refuse the memory, but kill the program later."""
@@ -295,12 +344,11 @@ def restore(saved, path, model, optimizer, scaler):
         raise UserError(f"{path} is damaged ({type(error).__name__}: {first_line(error)})") from None
 
 
-def plot_curves(metrics, path, title):
-    """Loss and perplexity on train and val against tokens seen, the best checkpoint marked -> a PNG file."""
+def plot_curves(metrics, best, path, title):
+    """Loss and perplexity on train and val against tokens seen, the line of metrics that is best marked -> a PNG file."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    best = min(metrics, key=lambda m: m["val_loss"])
     figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for panel, kind in zip(panels, ("loss", "perplexity")):
         for split, style in (("train", "--"), ("val", "-")):
@@ -356,14 +404,6 @@ def share_done(config, step, minutes):
     return max(step / config.max_iters if config.max_iters else 0, minutes / config.max_minutes if config.max_minutes else 0)
 
 
-def scored_steps(out_dir):
-    """How many steps the run had taken when results.json was written; None where there is none."""
-    try:
-        return json.loads((out_dir / "results.json").read_text(encoding="utf-8"))["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def perplexity(loss):
     """The number of equally likely tokens that would be as hard to guess; capped, for a diverged loss can be 1000."""
     return math.exp(min(loss, 100.0))
@@ -391,12 +431,12 @@ def evaluate(model, tokens, windows, batch_size, autocast, device, world, progre
     return total[:-1] / total[-1]
 
 
-def may_fail(call):
-    """call(), for Weights & Biases: whatever goes wrong there must not stop the training."""
+def may_fail(what, call):
+    """call(), for Weights & Biases and the picture: whatever goes wrong there must not stop the training."""
     try:
         return call()
     except Exception as error:
-        print(f"wandb failed, the run goes on: {first_line(error)}")
+        print(f"{what} failed, the run goes on: {first_line(error)}")
 
 
 def start_wandb(config, model_config, run_id):
@@ -421,13 +461,13 @@ def compiled(model, config, device):
 
 
 def outlive_reader(stream):
-    """From now on writing to stream never fails: Ctrl-C also ends the tee of `python train.py | tee log`, and the run must
-    still save."""
+    """From now on writing to stream never fails: Ctrl-C also ends the tee of `python train.py | tee log`, a lost connection
+    the terminal, and the run must still save."""
     for name in ("write", "flush"):
-        def safe(*args, call=getattr(stream, name)):
+        def safe(*args, call=getattr(stream, name)):    # a default, so that each keeps its own
             try:
                 return call(*args)
-            except BrokenPipeError:
+            except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
         setattr(stream, name, safe)
@@ -517,17 +557,19 @@ def main(argv):
         metrics = saved["metrics"]
         step, tokens_seen, minutes_before, lost_steps, run_id = restore(saved, out_dir / "last.pt", model, optimizer,
                                                                         scaler if half else None)
-        if share_done(config, step, minutes_before) >= 1 and scored_steps(out_dir) == step:
+        if share_done(config, step, minutes_before) >= 1 and metrics[-1]["step"] == step and (out_dir / "results.json").exists():
             if main_process:
                 print(f"the run in {out_dir} is finished: {step} steps, {minutes_before:.1f} minutes (see results.json). "
                       "--max_iters or --max_minutes above that go on with it")
             return
         if (out_dir / "ckpt.pt").exists():
             kept = load_checkpoint(out_dir / "ckpt.pt")
-            if any(kept[k] != saved[k] for k in ("model_config", "data_sha256")):
+            if identity(kept) != identity(saved):
                 raise UserError(f"{out_dir}/ckpt.pt is of another run than last.pt: move it away")
             best_val = kept["metrics"][-1]["val_loss"]
             del kept            # a file stays open as long as its contents are held
+        elif metrics[-1]["step"] == step:
+            metrics.pop()       # evaluate these weights again: they are the best there are
     in_a_row, lost = torch.tensor(lost_steps, device=device)    # steps without a finite gradient: up to now, and in all
     resumed = saved is not None
     del saved
@@ -537,30 +579,14 @@ def main(argv):
 
     wandb_run = None
     if main_process:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(out_dir / ".lock", "w")         # held until the program ends, however it does
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing to {out_dir}: choose another --out_dir") from None
-        except OSError:                             # a network folder may know no locks
-            pass
-        # A command typed too soon must not cost the last run; typed twice neither: a run that only wrote its start is not set
-        # aside, it would take the place of a better one.
-        history = out_dir / "metrics.jsonl"
-        only_started = history.exists() and history.read_bytes().count(b"\n") < 2
-        old = [name for name in ("results.json", "last.pt", "ckpt.pt", "metrics.jsonl") if (out_dir / name).exists()]
-        if old and not (resumed or only_started):
-            print(f"the last run in this folder is kept as {out_dir}/previous-*")
-            for name in old:
-                os.replace(out_dir / name, out_dir / f"previous-{name}")
+        lock = claim_folder(out_dir, resumed)
         write_whole(out_dir / "model_summary.txt", lambda p: p.write_text(model.summary() + "\n", encoding="utf-8"))
         print(f"{config.model}: {model.num_params():,} parameters; data/{config.dataset}: "
               f"{meta['splits']['train']['tokens']:,} training tokens; {tokens_per_step:,} tokens a step")
         print(f"{device_name(device)}; {dtype} ({reason}); results in {out_dir}/")
         if resumed:
             print(f"resumed at step {step}, after {minutes_before:.1f} minutes")
-        wandb_run = may_fail(lambda: start_wandb(config, model_config, run_id)) if config.wandb_log else None
+        wandb_run = may_fail("wandb", lambda: start_wandb(config, model_config, run_id)) if config.wandb_log else None
 
     # The first Ctrl-C or SIGTERM finishes the step, saves and scores; a second Ctrl-C ends at once.
     stop = []
@@ -585,6 +611,7 @@ def main(argv):
         """Write what a resumed run needs: ckpt.pt where there is a better one, and last.pt."""
         nonlocal best, saved_at, save_seconds
         begin = time.perf_counter()
+        (out_dir / "results.json").unlink(missing_ok=True)      # of an earlier end
         if best:
             write_whole(out_dir / "ckpt.pt", lambda p: torch.save(best, p))
             best = None
@@ -617,8 +644,9 @@ def main(argv):
         minutes, stopping = clock.tolist()
         done = share_done(config, step, minutes)
 
-        # Told to stop, save at once: a resumed run takes the evaluation that was due, and its curve is as if it never stopped
-        due = not metrics or done >= 1 or step % config.eval_interval == 0 and not stopping
+        # Told to stop, save at once: a resumed run takes the evaluation that was due, and its curve is as if it never stopped.
+        # Only where there are no best weights at all yet there must be some to score.
+        due = best_val == math.inf or done >= 1 or step % config.eval_interval == 0 and not stopping
         if due and not (metrics and metrics[-1]["step"] == step):
             speed = (tokens_seen - mark_tokens) / (time.perf_counter() - mark_time)
             evaluation_start = time.perf_counter()
@@ -633,16 +661,18 @@ def main(argv):
             if main_process:
                 bar.write(f"step {step}: train {losses['train']:.4f}, val {losses['val']:.4f}, "
                           f"perplexity {perplexity(losses['val']):.2f}, {speed:,.0f} tokens/s")
-                write_whole(history, lambda p: p.write_text("".join(json.dumps(m) + "\n" for m in metrics), encoding="utf-8"))
+                write_whole(out_dir / "metrics.jsonl", lambda p: p.write_text(
+                    "".join(json.dumps(m) + "\n" for m in metrics), encoding="utf-8"))
                 if wandb_run:
-                    may_fail(lambda: wandb_run.log(metrics[-1], step=step))
+                    may_fail("wandb", lambda: wandb_run.log(metrics[-1], step=step))
                 if losses["val"] < best_val:
-                    best_val, best = losses["val"], checkpoint()
+                    best = checkpoint()
                     best["model"] = {k: v.clone() for k, v in best["model"].items()}
                 # A full-size last.pt is 1.6 GB: where evaluations are seconds apart, most are not worth a write. Saves take at
-                # most a twentieth of the time; both files are of one moment.
-                if done < 1 and time.perf_counter() - saved_at >= 20 * save_seconds:
+                # most a twentieth of the time; both files are written together.
+                if not stopping and done < 1 and time.perf_counter() - saved_at >= 20 * save_seconds:
                     save()
+            best_val = min(best_val, losses["val"])
             mark_time, mark_tokens = time.perf_counter(), tokens_seen
         if stopping or done >= 1:
             break
@@ -689,6 +719,8 @@ def main(argv):
         scored = load_checkpoint(out_dir / "ckpt.pt")
         best_row = scored["metrics"][-1]
         model.load_state_dict(scored["model"])
+        may_fail("the picture", lambda: plot_curves(metrics, best_row, out_dir / "learning_curves.png",
+                                                    f"{config.model}, {config.recipe} recipe, data/{config.dataset}"))
         print(f"the best checkpoint, of step {best_row['step']}, on the whole test split:")
     if world_size > 1:
         for p in model.parameters():
@@ -709,14 +741,12 @@ def main(argv):
                    "config": {**asdict(config), **asdict(model_config)}}
         write_whole(out_dir / "test_loss_by_position.json", lambda p: p.write_text(
             json.dumps([round(x, 4) for x in by_position.tolist()]), encoding="utf-8"))
-        plot_curves(metrics, out_dir / "learning_curves.png",
-                    f"{config.model}, {config.recipe} recipe, data/{config.dataset}")
-        # the last: with it the run is finished
+        # the last file: with it the run is finished
         write_whole(out_dir / "results.json", lambda p: p.write_text(json.dumps(results, indent=1), encoding="utf-8"))
         print(f"test loss {test_loss:.4f}, perplexity {perplexity(test_loss):.2f}; "
               f"now try: python sample.py --model={config.model}")
         if wandb_run:
-            may_fail(wandb_run.finish)
+            may_fail("wandb", wandb_run.finish)
         lock.close()
     for s, handler in handlers.items():
         signal.signal(s, handler)
