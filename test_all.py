@@ -1025,12 +1025,12 @@ def children(torchrun):
 @BOTH
 @pytest.mark.parametrize("processes", [1, 2] if LONG else [1])
 def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes, here):
-    """SIGKILL, each time at a random moment after the run has begun to work, but once SIGTERM; then resumed, and killed again."""
+    """SIGKILL, each time at a random moment after the run has begun to work; then resumed, and killed again. Once more, SIGTERM."""
     kills, rng = 30 if LONG else 3, random.Random(f"{name}{processes}")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
     whole, cut = Path(f"out/whole-{name}{processes}"), Path(f"out/cut-{name}{processes}")
     keys = ["--dataset=tiny", *TINY_KEYS[name], "--batch_size=8", "--eval_interval=7", "--eval_iters=1", "--dropout=0.1",
-            "--dtype=float32", f"--max_iters={100 * kills}", "--learning_rate=3e-3", "--warmup=20"]
+            "--dtype=float32", f"--max_iters={100 * (kills + 1)}", "--learning_rate=3e-3", "--warmup=20"]
 
     def start(folder):
         again = ["--init_from=resume"] if (folder / "last.pt").exists() else keys
@@ -1040,7 +1040,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
 
     output = start(whole).communicate(timeout=600)[0]
     assert (whole / "results.json").exists(), output
-    for kill in range(kills):
+    for kill in range(kills + 1):
         process = start(cut)
         for line in process.stdout:
             if "parameters;" in line:       # from here on it writes
