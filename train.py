@@ -109,7 +109,8 @@ MINI = {"block_size": 128, "max_iters": 500, "learning_rate": 2e-3, "min_lr": 2e
 MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup", "eval_interval",
               "log_interval", "wandb_log", "wandb_project", "wandb_run_name", "device", "compile"}
 
-# What a run leaves in out_dir and a new one there sets aside, beginning with the file by which it decides to
+# What a run leaves in out_dir and a new one there sets aside. metrics.jsonl goes first: where it is gone, after a kill in
+# between, the next start moves the rest (see only_started)
 RUN_FILES = ("metrics.jsonl", "learning_curves.png", "test_loss_by_position.json", "transformer_inference_results.json",
              "rnn_inference_results.json", "results.json", "ckpt.pt", "last.pt")
 # A line of metrics.jsonl
