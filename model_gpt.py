@@ -1,7 +1,7 @@
 """GPT-2-style Transformer language model (Radford et al. 2019), tokens -> logits.
 
-Pure PyTorch: no files, no training code. Read it beside model_lstm.py: same order, same names; Block is where they differ,
-attention here and recurrence there, and so is the state.
+Pure PyTorch: no files, no training code. Read it beside model_lstm.py: same order, same names; they differ in
+Block (attention here, recurrence there) and so in the state that generation carries.
 
     model = GPT(GPTConfig())                     # the report's model: 134,367,744 parameters
     logits, loss = model(idx, targets)           # training
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """Sizes of the model; the defaults are the report's."""
+    """Sizes of the Transformer; the defaults are the report's."""
     block_size: int = 256           # most tokens the model sees at once (its context)
-    vocab_size: int = 32000         # number of token ids; train.py takes it from the data
+    vocab_size: int = 32000         # number of token ids; taken from the dataset
     n_layer: int = 12               # Transformer blocks
     n_head: int = 12                # attention heads per block; must divide n_embd
     n_embd: int = 768               # channels
@@ -29,70 +29,35 @@ class GPTConfig:
     fused_attention: bool = True    # scaled_dot_product_attention; False: the same sums by hand
 
     def __post_init__(self):
-        for key, value in vars(self).items():
-            if type(value) is int and value < 1:
+        for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1")
-        if self.block_size > 2 ** 14:
-            raise ValueError(f"block_size {self.block_size} is above 16384: the mask takes its square of bytes")
-        if self.n_layer > 1000:
-            raise ValueError(f"n_layer {self.n_layer} is above 1000")
-        if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must be 0 or more and below 1")
+        if self.n_layer > 1000 or not 0 <= self.dropout < 1:
+            raise ValueError("n_layer must be at most 1000, and dropout 0 or more and below 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
-def on_host(t):
-    """Can the program look at t's value without waiting for a device?"""
-    return t.device.type == "cpu"
-
-
-class CrossEntropy(torch.autograd.Function):
-    """Cross entropy, in nats, of logits (N, V) against targets (N,) -> (N,): F.cross_entropy for a large vocabulary.
-
-    In float32, since a softmax over 32,000 terms loses too much in half precision, but a few rows at a time: of the
-    whole there are never more than the logits and their gradient, in the dtype they came in, where autograd would hold
-    four or five copies, two of them in float32. The backward pass computes the softmax again from one number per row.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        ctx.rows = 64 if on_host(logits) else 4096      # 8 MB of float32, which a CPU's cache holds; few launches on a GPU
-        losses = torch.cat([F.cross_entropy(rows.float(), target, reduction="none")
-                            for rows, target in zip(logits.split(ctx.rows), targets.split(ctx.rows))])      # (N,)
-        log_sum = losses + logits.gather(1, targets[:, None])[:, 0]     # the softmax's denominator: loss = log_sum - logit
-        ctx.save_for_backward(logits, targets, log_sum)
-        return losses
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d_loss):
-        logits, targets, log_sum = ctx.saved_tensors
-        d = torch.empty_like(logits)
-        for out, rows, target, ls, dl in zip(*(t.split(ctx.rows) for t in (d, logits, targets, log_sum, d_loss))):
-            p = (rows.float() - ls[:, None]).exp_()                     # softmax
-            p[torch.arange(len(p), device=p.device), target] -= 1
-            out.copy_(p.mul_(dl[:, None]))
-        return d, None
-
-
 def manual_attention(q, k, v, mask):
-    """Softmax(q k^T / sqrt(hs)) v (Vaswani et al. 2017), written out.
+    """softmax(q k^T / sqrt(hs) + mask) v (Vaswani et al. 2017), written out.
 
-    q (B, nh, T, hs); k and v (B, nh, S, hs); mask (T, S), True where a query may look, None: anywhere.
-    Returns (B, nh, T, hs).
+    q (B, nh, T, hs); k and v (B, nh, S, hs); mask (T, S) from causal_mask. Returns (B, nh, T, hs).
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))        # (B, nh, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))           # a token must not see its future
-    return scores.softmax(dim=-1) @ v                               # each row: a weighted mean of the values
+    return (scores + mask).softmax(dim=-1) @ v                      # each row: a weighted mean of the values
 
 
 def fused_attention(q, k, v, mask):
     """The same as manual_attention, without ever storing the (T, S) scores (Dao et al. 2022)."""
-    if mask is not None and mask.size(0) == mask.size(1):      # the plain triangle: the kernel skips half of it
+    if mask.size(0) == mask.size(1):    # as many keys as queries, so no past: the kernel skips half
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def causal_mask(positions, S, dtype):
+    """(T, S), added to the scores: -inf where key s comes after the query at positions[t] (T,), else 0."""
+    future = torch.arange(S, device=positions.device) > positions[:, None]
+    return torch.zeros(future.shape, dtype=dtype, device=future.device).masked_fill_(future, -math.inf)
 
 
 class CausalSelfAttention(nn.Module):
@@ -105,18 +70,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)   # q, k and v in one matmul
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, mask, cache=None, positions=None):
-        """x (B, T, C) -> (B, T, C). cache (2, B, nh, S, hs): this block's keys and values, to which x's are added
-        at `positions`; mask (T, S) says which of them x may look at."""
+    def forward(self, x, mask, positions, cache):
+        """x (B, T, C) -> (B, T, C). cache (2, B, nh, S, hs): this block's keys and values, to which those
+        of x are added at positions (T,); None in training, where x is all there is and S = T."""
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is None:
-            q, k, v = heads                                                     # each (B, nh, T, hs)
+            q, k, v = qkv                                                       # each (B, nh, T, hs)
+            y = self.attention(q, k, v, mask)
         else:
-            heads = heads.to(cache.dtype)
-            q, (k, v) = heads[0], cache.index_copy_(3, positions, heads[1:])    # k and v (B, nh, S, hs)
-        y = self.attention(q, k, v, mask)
-        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)                      # heads side by side again
+            qkv = qkv.to(cache.dtype)
+            k, v = cache.index_copy_(3, positions, qkv[1:])                     # each (B, nh, S, hs)
+            y = self.attention(qkv[0], k, v, mask).to(x.dtype)
+        y = y.transpose(1, 2).reshape(B, T, C)                                  # heads side by side again
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -130,8 +96,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        # GPT-2's tanh approximation of GELU (Hendrycks and Gimpel 2016)
-        x = F.gelu(self.c_fc(x), approximate="tanh")
+        x = F.gelu(self.c_fc(x), approximate="tanh")        # as GPT-2 (Hendrycks and Gimpel 2016)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -145,8 +110,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask, cache=None, positions=None):
-        x = x + self.attn(self.ln_1(x), mask, cache, positions)
+    def forward(self, x, mask, positions, cache):
+        x = x + self.attn(self.ln_1(x), mask, positions, cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -161,8 +126,6 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()
-        self.register_buffer("mask", mask, persistent=False)    # mask[i, j]: may token i look at token j?
         self._init_weights()
 
     def _init_weights(self):
@@ -176,52 +139,49 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def _hidden(self, idx, state=None):
-        """idx (B, T) -> (B, T, C) just before the head. Without a state idx starts the text, with one it goes on: then x looks
-        at S keys, those of the cache and its own."""
-        T = S = idx.size(1)
-        caches, positions = [None] * len(self.blocks), slice(T)
+        """idx (B, T) -> (B, T, C), what the head reads. With a state, idx goes on where the state ends."""
+        T = S = idx.size(1)                     # S: how many keys x looks at
+        caches, pos = [None] * len(self.blocks), 0
         if state is not None:
             caches, pos = state
-            positions = pos + torch.arange(T, device=pos.device)
-            # A GPU's queue would have to drain before we could look at pos, and a captured graph needs shapes that
-            # never change: there x looks at the whole cache, its empty part masked. A CPU leaves that part out.
-            S = int(pos) + T if on_host(pos) else self.config.block_size
-            caches = caches[..., :S, :]
+            S = keys_in_use(pos, T, self.config.block_size)
+            caches = caches[..., :S, :].unbind()
         if max(S, T) > self.config.block_size:
             raise ValueError(f"{max(S, T)} tokens do not fit in block_size {self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[positions]
-        x = F.dropout(x, self.config.dropout, self.training)
-        mask = None if T == 1 and state is not None and on_host(pos) else self.mask[positions, :S]
+        positions = pos + torch.arange(T, device=idx.device)
+        x = F.dropout(self.wte(idx) + self.wpe(positions), self.config.dropout, self.training)
+        mask = causal_mask(positions, S, x.dtype if state is None else caches[0].dtype)
         for block, cache in zip(self.blocks, caches):
-            x = block(x, mask, cache, positions)
+            x = block(x, mask, positions, cache)
         return self.ln_f(x)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, reduction="mean"):
         """idx and targets (B, T) int64, T <= block_size (else ValueError) -> (logits, loss).
 
-        With targets: logits (B, T, V) and the mean cross entropy in nats per token.
-        Without: logits (B, 1, V) for the last position, and None.
+        With targets: logits (B, T, V), detached, and the cross entropy in nats per token: its mean, or with
+        reduction="none" that of each token (B, T). Without: logits (B, 1, V) for the last position, and None.
         """
         x = self._hidden(idx)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
-        return logits, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten()).mean()
+        # in float32: a softmax over 32,000 terms loses too much in half precision
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        # detached: the logits are to look at, only the loss is trained on
+        return logits.detach(), loss if reduction == "mean" else loss.view_as(targets)
 
     def init_state(self, batch_size):
-        """An empty KV cache, allocated once: keys and values (n_layer, 2, B, nh, block_size, hs), and how many tokens
-        it holds, a number on the device. All zeros: zeroing a state empties it."""
+        """An empty KV cache, allocated once: keys and values (n_layer, 2, B, nh, block_size, hs), and how
+        many tokens it holds, a number on the device. Zeroing both empties it."""
         c, w = self.config, self.wte.weight
         shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        dtype = torch.promote_types(w.dtype, torch.float32) if on_host(w) else w.dtype     # CPU kernels: faster so
-        return torch.zeros(shape, dtype=dtype, device=w.device), torch.zeros((), dtype=torch.int64, device=w.device)
+        dtype = torch.promote_types(w.dtype, torch.float32) if w.is_cpu else w.dtype    # faster on a CPU
+        return tuple(torch.zeros(s, dtype=d, device=w.device) for s, d in ((shape, dtype), ((), torch.int64)))
 
     @torch.no_grad()
     def step(self, idx, state):
-        """Consume idx (B, T), T >= 1 new tokens; return logits (B, V) after the last, and the state, written in place.
-
-        ValueError when it cannot hold T more tokens (see `window`); on a GPU only the caller can know.
-        """
+        """Consume idx (B, T), T >= 1 new tokens -> logits (B, V) after the last, and the state, written in
+        place. ValueError where it cannot hold T more (see `window`); on a GPU the caller must see to it."""
         x = self._hidden(idx, state)
         state[1].add_(idx.size(1))
         return self.lm_head(x[:, -1]), state
@@ -242,7 +202,7 @@ class GPT(nn.Module):
         masked half included (Chowdhery et al. 2022, PaLM, appendix B).
         """
         c = self.config
-        weights = [p for p in self.parameters() if p.dim() == 2 and p is not self.wte.weight and p is not self.wpe.weight]
+        weights = [p for n, p in self.named_parameters() if p.dim() == 2 and not n.startswith(("wte", "wpe"))]
         return 6 * sum(p.numel() for p in weights) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def summary(self):
@@ -250,3 +210,9 @@ class GPT(nn.Module):
         rows = [(name, sum(p.numel() for p in part.parameters())) for name, part in self.named_children()]
         rows.append(("total", self.num_params()))
         return "\n".join([repr(self.config), repr(self), *(f"{n:<8}{k:>13,} parameters" for n, k in rows)])
+
+
+def keys_in_use(pos, T, block_size):
+    """How many keys of the cache a step of T tokens reads. On a CPU those in use; on a GPU all, the empty
+    ones masked: a look at pos would force a host sync there, and a captured graph needs shapes that stay."""
+    return int(pos) + T if pos.is_cpu else block_size

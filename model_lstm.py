@@ -1,7 +1,7 @@
 """Stacked LSTM language model (Hochreiter and Schmidhuber 1997; Gers et al. 2000), tokens -> logits.
 
-Pure PyTorch: no files, no training code. Read it beside model_gpt.py: same order, same names; Block is where they differ,
-recurrence here and attention there, and so is the state.
+Pure PyTorch: no files, no training code. Read it beside model_gpt.py: same order, same names; they differ in
+Block (recurrence here, attention there) and so in the state that generation carries.
 
     model = LSTM(LSTMConfig())                   # the report's model: 131,054,848 parameters
     logits, loss = model(idx, targets)           # training
@@ -16,66 +16,48 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model_gpt import CrossEntropy
-
 
 @dataclass
 class LSTMConfig:
-    """Sizes of the model; the defaults are the report's."""
+    """Sizes of the LSTM; the defaults are the report's."""
     block_size: int = 256           # tokens per training window; the model itself has no limit
-    vocab_size: int = 32000         # number of token ids; train.py takes it from the data
+    vocab_size: int = 32000         # number of token ids; taken from the dataset
     n_layer: int = 10               # stacked LSTM layers
     n_embd: int = 512               # channels of the token embedding
     n_hidden: int = 1024            # units per layer
     dropout: float = 0.0            # share of each layer's output dropped in training
     residual: bool = True           # add the identity between equal-width layers; False: the report's stack
-    cudnn: bool = True              # on CUDA, cuDNN's kernel for the scan below; False: by hand there too
+    cudnn: bool = True              # on CUDA, cuDNN's kernel for the recurrence; False: ours there too
 
     def __post_init__(self):
-        for key, value in vars(self).items():
-            if type(value) is int and value < 1:
+        for key in ("block_size", "vocab_size", "n_layer", "n_embd", "n_hidden"):
+            if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1")
-        if self.n_layer > 1000:
-            raise ValueError(f"n_layer {self.n_layer} is above 1000")
-        if not 0 <= self.dropout < 1:
-            raise ValueError("dropout must be 0 or more and below 1")
+        if self.n_layer > 1000 or not 0 <= self.dropout < 1:
+            raise ValueError("n_layer must be at most 1000, and dropout 0 or more and below 1")
 
 
-def plain_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
-    """One layer over T steps, its equations as they stand in the textbook: what generation uses.
+def manual_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
+    """One layer over T steps, its equations as they stand in the textbook. Generation uses it.
 
-    x (T, B, n_input), h and c (B, H) -> y (T, B, H) and the last h and c. The cell is kept in float32 at least: it is
-    a sum over hundreds of steps, which bfloat16's 8 bits would round away.
+    x (T, B, n_input), h and c (B, H) -> y (T, B, H) and the last h and c. The cell c is float32 at least: it
+    is a sum over hundreds of steps, which bfloat16's 8 bits would round away.
     """
     xg, y = F.linear(x, weight_ih, bias_ih), []                         # all T steps in one matmul
-    for gates in xg:
+    for gates in xg:                                                    # (B, 4H)
         i, f, g, o = (gates + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()                    # forget some of the past, add some of the new
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()                    # forget some old, add some new
         h = (o.sigmoid() * c.tanh()).to(xg.dtype)                       # show some of it
         y.append(h)
     return torch.stack(y), h, c
 
 
-def multiplier(weight, batch_size):
-    """-> a function x (B, K) -> x weight^T (B, N), for a weight that is used many times.
-
-    A CPU's kernel wants the weight in tiles. PyTorch cuts them anew at every call, which takes longer than multiplying
-    so few rows; oneDNN can do it once.
-    """
-    onednn = weight.is_cpu and torch.backends.mkldnn.is_available()
-    if onednn and (weight.dtype == torch.float32 or
-                   weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        tiles = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch_size)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, tiles, None, "none", [], "")
-    return lambda x: F.linear(x, weight)
-
-
 class Scan(torch.autograd.Function):
-    """The same recurrence, in place and with its backward through time by hand, for training.
+    """The loop of manual_recurrence, in place and with its backward through time by hand.
 
     By hand because autograd would keep T graphs of a dozen nodes and add T separate (4H, H) products into
-    dW_hh; here the T products are one matmul at the end. Inputs: xg (T, B, 4H), the input's part of the
-    gates; w_hh (4H, H); h0 and c0 (B, H). Returns h (T, B, H) and the last c (B, H).
+    dW_hh; here these are one matmul at the end. Inputs: xg (T, B, 4H), the input's part of the gates with
+    both biases; w_hh (4H, H); h0 and c0 (B, H). Returns h (T, B, H) and the last c (B, H).
     """
 
     @staticmethod
@@ -86,10 +68,12 @@ class Scan(torch.autograd.Function):
         c = c0.new_empty(T + 1, B, H, dtype=torch.promote_types(xg.dtype, torch.float32))
         h[0], c[0] = h0, c0
         times_w_hh = multiplier(w_hh, B)
-        for t in range(T):
-            torch.add(xg[t], times_w_hh(h[t]), out=gates[t])            # all that cannot leave the loop
-            i, f, g, o = gates[t].chunk(4, dim=1)
-            gates[t, :, :2 * H].sigmoid_(), g.tanh_(), o.sigmoid_()     # i and f lie side by side
+        for t in range(T):                                              # only what depends on h[t] is in it
+            torch.add(xg[t], times_w_hh(h[t]), out=gates[t])
+            i, f, g, o = gates[t].chunk(4, dim=1)                       # views: written in place
+            gates[t, :, :2 * H].sigmoid_()                              # i and f, which lie side by side
+            g.tanh_()
+            o.sigmoid_()
             torch.addcmul(f * c[t], i, g, out=c[t + 1])
             torch.mul(o, c[t + 1].tanh(), out=h[t + 1])
         ctx.save_for_backward(gates, h, c, w_hh)
@@ -102,9 +86,9 @@ class Scan(torch.autograd.Function):
         T, B, H = dh_out.shape
         i, f, g, o = gates.chunk(4, dim=2)
         tanh_c = c[1:].tanh()
-        # What each step multiplies by, for all steps at once: the derivatives of c_t and h_t by the gates before their
+        # What needs no loop, for all steps at once: the derivatives of c_t and h_t by the gates before their
         # activations (sigmoid' = s (1 - s), tanh' = 1 - tanh^2), and of h_t by c_t.
-        d = torch.empty_like(gates)
+        d = torch.empty_like(gates)                                     # the loop makes it d loss / d gate
         di, df, dg, do = d.chunk(4, dim=2)
         torch.mul(g, i * (1 - i), out=di)
         torch.mul(c[:-1], f * (1 - f), out=df)
@@ -116,7 +100,7 @@ class Scan(torch.autograd.Function):
         for t in reversed(range(T)):
             dh = dh + dh_out[t]
             dc = torch.addcmul(dc, dh, dh_dc[t])
-            d[t, :, :3 * H].view(B, 3, H).mul_(dc[:, None])             # now the gradient of the loss
+            d[t, :, :3 * H].view(B, 3, H).mul_(dc[:, None])
             do[t].mul_(dh)
             dc = dc * f[t]
             dh = times_w_hh(d[t])
@@ -124,21 +108,38 @@ class Scan(torch.autograd.Function):
         return d, dw_hh, dh, dc.to(c.dtype)
 
 
-def manual_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
-    """The same as plain_recurrence, with a gradient: what training uses."""
-    xg = F.linear(x, weight_ih, bias_ih + bias_hh)                      # all T steps in one matmul
+def scan_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
+    """The same as manual_recurrence, through Scan: what training uses."""
+    xg = F.linear(x, weight_ih, bias_ih + bias_hh)
     y, c = Scan.apply(xg, weight_hh.to(xg.dtype), h.to(xg.dtype), c)
     return y, y[-1], c
 
 
 def cudnn_recurrence(x, h, c, *weights):
-    """The same as plain_recurrence, in one call of NVIDIA's kernel (Appleyard et al. 2016)."""
-    # autocast would run it in float16 even where bfloat16 was asked for: cast here instead
+    """The same as manual_recurrence, in one call of NVIDIA's kernel (Appleyard et al. 2016)."""
+    # cast here: autocast would choose float16, even where bfloat16 was asked for
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    if dtype == torch.bfloat16 and torch.backends.cudnn.version() < 91300:
+        return scan_recurrence(x, h, c, *weights)                       # before 9.13 it had no bfloat16
     x, h, cell, *weights = (t.to(dtype) for t in (x, h[None], c[None], *weights))
     with torch.autocast("cuda", enabled=False):
-        y, h, cell = torch.lstm(x, (h, cell), weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+        y, h, cell = torch.lstm(x, (h, cell), weights, has_biases=True, num_layers=1, dropout=0.0,
+                                train=torch.is_grad_enabled(), bidirectional=False, batch_first=False)
     return y, h[0], cell[0].to(c.dtype)
+
+
+def multiplier(weight, batch_size):
+    """-> a function x (B, K) -> x weight^T (B, N), for a weight that is used many times.
+
+    A CPU's kernel wants the weight in tiles. PyTorch cuts them anew at every call, which takes longer than
+    multiplying so few rows; oneDNN can do it once.
+    """
+    tileable = weight.dtype == torch.float32 or \
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.is_cpu and torch.backends.mkldnn.is_available() and tileable:
+        tiles = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch_size)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, tiles, None, "none", [], "")
+    return lambda x: F.linear(x, weight)
 
 
 class Block(nn.Module):
@@ -157,13 +158,13 @@ class Block(nn.Module):
         """x (T, B, n_input), state h and c (B, H) -> y (T, B, H) and the new h and c."""
         y, h, c = recurrence(x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         y = F.dropout(y, self.dropout, self.training)
-        # The identity lets the gradient reach every layer: without it, it must pass through the gates of
-        # all layers above, and ten layers learn little more than word frequencies (He et al. 2015).
+        # The identity lets the gradient reach every layer: without it, it must pass through the gates of all
+        # layers above, and ten layers learn little more than word frequencies (He et al. 2015).
         return x + y if self.residual else y, h, c
 
     def extra_repr(self):
-        return ", ".join(f"{n} {tuple(p.shape)}" for n, p in self.named_parameters()) + \
-               f", residual={self.residual}"
+        shapes = [f"{name} {tuple(p.shape)}" for name, p in self.named_parameters()]
+        return ", ".join([*shapes, f"residual={self.residual}"])
 
 
 class LSTM(nn.Module):
@@ -183,42 +184,47 @@ class LSTM(nn.Module):
         for p in self.blocks.parameters():
             nn.init.uniform_(p, -bound, bound)
 
-    def _hidden(self, idx, state, recurrence=manual_recurrence):
-        """idx (B, T), state before it -> (T, B, H) just before the head, and the state after it."""
-        # one token costs cuDNN more in packing its weights than in arithmetic; before 9.13 it had no bfloat16
-        if self.config.cudnn and idx.is_cuda and idx.size(1) > 1 and torch.backends.cudnn.version() >= 91300:
-            recurrence = cudnn_recurrence
+    def _hidden(self, idx, state, recurrence):
+        """idx (B, T) and the state before it -> (T, B, H), what the head reads, and the state after it."""
+        if self.config.cudnn and idx.is_cuda and idx.size(1) > 1:
+            recurrence = cudnn_recurrence       # for one token it would take longer to pack its weights
         # time first: the slice of one step is then one contiguous piece of memory
         x = F.dropout(self.wte(idx.t()), self.config.dropout, self.training)
         hs, cs = [], []
         for block, h, c in zip(self.blocks, *state):
             x, h, c = block(x, h, c, recurrence)
-            hs.append(h), cs.append(c)
+            hs.append(h)
+            cs.append(c)
         return x, hs, cs
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, reduction="mean"):
         """idx and targets (B, T) int64 -> (logits, loss).
 
-        With targets: logits (B, T, V) and the mean cross entropy in nats per token.
-        Without: logits (B, 1, V) for the last position, and None.
+        With targets: logits (B, T, V), detached, and the cross entropy in nats per token: its mean, or with
+        reduction="none" that of each token (B, T). Without: logits (B, 1, V) for the last position, and None.
         """
-        x, _, _ = self._hidden(idx, self.init_state(len(idx)))
-        x = x.transpose(0, 1)
+        x, _, _ = self._hidden(idx, self.init_state(len(idx)), scan_recurrence)
+        x = x.transpose(0, 1)                                           # (B, T, H)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
-        return logits, CrossEntropy.apply(logits.flatten(0, 1), targets.flatten()).mean()
+        # in float32: a softmax over 32,000 terms loses too much in half precision
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        # detached: the logits are to look at, only the loss is trained on
+        return logits.detach(), loss if reduction == "mean" else loss.view_as(targets)
 
     def init_state(self, batch_size):
-        """(h, c), each (n_layer, B, H): all that the model remembers of its past. All zeros: zeroing a state empties it."""
-        c, w = self.config, self.wte.weight
-        dtypes = w.dtype, torch.promote_types(w.dtype, torch.float32)   # the cell's: see plain_recurrence
-        return tuple(torch.zeros(c.n_layer, batch_size, c.n_hidden, dtype=d, device=w.device) for d in dtypes)
+        """(h, c), each (n_layer, B, H): all that the model remembers of its past. Zeroing both empties it."""
+        config, w = self.config, self.wte.weight
+        dtypes = w.dtype, torch.promote_types(w.dtype, torch.float32)   # the cell's: see manual_recurrence
+        return tuple(torch.zeros(config.n_layer, batch_size, config.n_hidden, dtype=d, device=w.device)
+                     for d in dtypes)
 
     @torch.no_grad()
     def step(self, idx, state):
-        """Consume idx (B, T), T >= 1 new tokens; return logits (B, V) after the last, and the state, written in place."""
-        x, *new = self._hidden(idx, state, plain_recurrence)
+        """Consume idx (B, T), T >= 1 tokens -> logits (B, V) after the last, and the state, written in
+        place."""
+        x, *new = self._hidden(idx, state, manual_recurrence)
         for kept, layers in zip(state, new):
             torch.stack(layers, out=kept)
         return self.lm_head(x[-1]), state
@@ -237,7 +243,7 @@ class LSTM(nn.Module):
         6 per weight that multiplies (all but the embedding, which is looked up, and the biases): 2 in the
         forward pass, 4 in the backward (Kaplan et al. 2020, section 2.1). No term grows with the context.
         """
-        weights = [p for p in self.parameters() if p.dim() == 2 and p is not self.wte.weight]
+        weights = [p for n, p in self.named_parameters() if p.dim() == 2 and not n.startswith("wte")]
         return 6 * sum(p.numel() for p in weights)
 
     def summary(self):
