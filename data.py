@@ -1,12 +1,14 @@
 """Text -> tokens -> batches. Prepares data/NAME/ once; train.py then reads its uint16 token files.
 
-    python data.py                                             # plwiki as in the report: 100,000 HIGH documents
-    python data.py --dataset=mini                              # a small synthetic corpus, no download
-    python data.py --dataset=novels --source=FILE --tokenizer=train     # your own .jsonl, .jsonl.zst or .txt
+    python data.py                                  # plwiki as in the report: 100,000 documents
+    python data.py --dataset=mini                   # a small synthetic corpus, no download
+    python data.py --dataset=books --source=FILE --tokenizer=train      # your .jsonl, .jsonl.zst or .txt
     python data.py --help
 
-Knows nothing of models. Also holds what every script needs first: UserError and the --key=value parser.
+Knows nothing of models. Also holds the command line that every script shares, and at the end, as an appendix,
+the grammar that writes mini.
 """
+import argparse
 import dataclasses
 import difflib
 import hashlib
@@ -20,9 +22,10 @@ import re
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import typing
-from array import array
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -31,178 +34,245 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)     # seldom in a log file
+progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)   # seldom in a log
 FORMAT_VERSION = 1      # of data/NAME/; raised when an older folder can no longer be read
 SPLITS = ("train", "val", "test")
+BY_TENTHS = ("train",) * 8 + ("val", "test")            # of a document's hash, or of a text's length
+LONGEST_PART = 100_000  # characters encoded at once: a tokenizer needs some 200 bytes of memory for each
 
 
 @dataclass
 class DataConfig:
+    """What to prepare."""
     dataset: str = "plwiki"         # name of the folder under data/: plwiki, mini, or your own with --source
     source: str = ""                # a local .jsonl, .jsonl.zst (SpeakLeash layout) or .txt file
-    tokenizer: str = "speakleash/Bielik-4.5B-v3"    # a hub name, a folder, or train
+    tokenizer: str = "speakleash/Bielik-4.5B-v3"    # a hub name, a folder, or train: learn one from the text
     vocab_size: int = 32000         # entries of a trained tokenizer (--tokenizer=train); at most 65536
-    n_docs: int = 0                 # documents to take, from the front; 0: all (plwiki: 100000, as the report)
+    n_docs: int = 0                 # documents to take, from the front; 0: all (plwiki: 100000)
     quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # documents without a label are kept
     seed: int = 1337                # decides which documents go to train, val and test; and mini's text
 
     def __post_init__(self):
         if not 512 <= self.vocab_size <= 65536:
-            raise ValueError(f"vocab_size {self.vocab_size} must be 512 to 65536: a token is stored in 16 bits")
+            raise ValueError("vocab_size must be 512 to 65536: a token is stored in 16 bits")
 
 
-# What differs from the defaults above for the two datasets that need no --source.
+# What differs from the defaults above for these two names.
 PRESETS = {"plwiki": {"n_docs": 100_000}, "mini": {"tokenizer": "train", "vocab_size": 2048}}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The command line, for every script: dataclass fields are the keys, their trailing comments the help.
+# ----------------------------------------------------------------------------------------------------
+# The story: documents -> data/NAME/{train,val,test}.bin, meta.json, tokenizer/
 
-class UserError(SystemExit):
-    """A mistake the user can mend. Raised anywhere, it ends the program with one line and exit code 1."""
+def prepare(config):
+    """Write data/NAME/ as the DataConfig says. It appears whole or not at all; an older one is replaced.
 
-    def __init__(self, message):
-        super().__init__(f"error: {message}")
-
-
-def parse_args(argv, doc, *classes):
-    """['--key=value', ...] -> {key: value}, typed as the fields of the dataclasses; --help prints them.
-
-    Raises UserError for an unknown key (the nearest is named), a malformed argument or a wrong value.
+    Memory is that of one batch of text, whatever the size of the source. Raises UserError.
     """
-    fields = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
-    if "--help" in argv or "-h" in argv:
-        print(doc + "\nKeys, with their defaults:")
-        for cls in classes:
-            comments = dict(re.findall(r"^    (\w+): .*?  +# (.*)$", inspect.getsource(cls), re.M))
-            print(f"\n{cls.__name__}")
-            for f in dataclasses.fields(cls):
-                print(f"  --{f.name}={f.default}".ljust(32), comments[f.name])
-        sys.exit(0)
-    values = {}
-    for arg in argv:
-        key, equals, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or not equals:
-            raise UserError(f"{arg!r} is not of the form --key=value (see --help)")
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            raise UserError(f"unknown key --{key}" + (f", did you mean --{near[0]}?" if near else " (see --help)"))
-        values[key] = _convert(key, text, fields[key].type)
-    return values
+    target, source = dataset_folder(config.dataset), config.source
+    refuse_foreign_files(target)
+    if not source and config.dataset not in PRESETS:
+        raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
+    if source and not Path(source).is_file():
+        raise UserError(f"no such file: {source}")
+    trained, one_text = config.tokenizer == "train", source.endswith(".txt")
+    tok = None if trained else load_tokenizer(config.tokenizer)     # fails in seconds, before any download
+    if not source and config.dataset == "plwiki":
+        source = fetch_plwiki(target.parent / "speakleash")
+
+    def documents():
+        texts = read_documents(source, config.quality) if source else write_mini(config.seed)
+        return itertools.islice(texts, None if one_text else config.n_docs or None)
+
+    target.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{config.dataset}-") as staging:
+        new = Path(staging) / "new"
+        new.mkdir()
+        if trained:
+            print(f"training a tokenizer of {config.vocab_size:,} entries")
+            tok = train_tokenizer(documents(), config.vocab_size)
+        try:
+            tok.save_pretrained(new / "tokenizer")
+        except Exception as error:      # its own kind of exception, where the disk is full
+            raise UserError(f"cannot write the tokenizer ({first_line(error)})") from None
+        if one_text:
+            parts = parts_of_text(documents(), Path(source).stat().st_size)
+        else:
+            parts = parts_of_documents(documents(), config.seed)
+        splits = write_splits(parts, tok, new)
+        meta = {"format_version": FORMAT_VERSION, "dataset": config.dataset, "quality": config.quality,
+                "source": source or config.dataset, "seed": config.seed, "tokenizer": config.tokenizer,
+                "vocab_size": len(tok), "splits": splits}
+        (new / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+        replace_folder(target, new, old=Path(staging) / "old")
+    for name, s in splits.items():
+        print(f"{target}/{name}.bin: {s['documents']:,} documents, {s['tokens']:,} tokens")
 
 
-def _convert(key, text, kind):
-    choices = typing.get_args(kind)
-    if kind is bool:
-        choices = ("True", "False")
-    if choices:
-        text = text.capitalize() if text.capitalize() in choices else text     # true, false
-        if text not in choices:
-            raise UserError(f"--{key}={text}: must be one of {', '.join(choices)}")
-        return text == "True" if kind is bool else text
-    if kind is str:
-        return text
+def write_splits(parts, tok, folder):
+    """Encode parts (split, text, opens, closes) into folder/{split}.bin, with <s> before a part that opens a
+    document and </s> after one that closes it -> {split: {"documents", "tokens", "sha256"}}."""
+    facts = {split: {"documents": 0, "tokens": 0, "sha256": hashlib.sha256()} for split in SPLITS}
+    with ExitStack() as stack:
+        files = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS}
+        for batch in in_batches(parts):
+            for (split, _, opens, closes), ids in zip(batch, encode(tok, [part[1] for part in batch])):
+                # opens and closes are bools: none or one
+                ids = [tok.bos_token_id] * opens + ids + [tok.eos_token_id] * closes
+                raw = np.array(ids, dtype="<u2").tobytes()
+                files[split].write(raw)
+                facts[split]["documents"] += opens
+                facts[split]["tokens"] += len(ids)
+                facts[split]["sha256"].update(raw)
+    for split, fact in facts.items():
+        fact["sha256"] = fact["sha256"].hexdigest()
+        if fact["tokens"] < 2:
+            raise UserError(f"too little text: none is left for {split}. Take more, or a .txt, which "
+                            "is cut by its length")
+    return facts
+
+
+def parts_of_documents(texts, seed):
+    """Texts -> (split, part of a text, opens, closes). A text's split is a hash of it: identical documents
+    share one, and nothing depends on the order of the source."""
+    for text in texts:
+        digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
+        split, parts = BY_TENTHS[int.from_bytes(digest, "little") % 10], list(cut(text))
+        for i, part in enumerate(parts):
+            yield split, part, i == 0, i == len(parts) - 1
+
+
+def parts_of_text(pieces, size):
+    """The pieces of one text of so many bytes -> (split, piece, opens, closes): the first 80 % are train,
+    then 10 % val and 10 % test, as nanoGPT cuts its texts. It is one document: it opens once and closes
+    once."""
+    done = 0
+    for piece in pieces:
+        yield BY_TENTHS[min(9, 10 * done // size)], piece, done == 0, False
+        done += len(piece.encode())
+    yield "test", "", False, True
+
+
+def cut(text, most=LONGEST_PART):
+    """Yield text in parts of at most so many characters. A cut takes the place of a space, for which the
+    mark at the front of the next part will stand (a tokenizer that puts none there loses that space)."""
+    start = 0
+    while len(text) - start > most:
+        end = text.rfind(" ", start + most // 2, start + most)
+        yield text[start:start + most if end < 0 else end]
+        start = start + most if end < 0 else end + 1
+    yield text[start:]
+
+
+def in_batches(parts, characters=500_000):
+    """Lists of parts of about so many characters together: what is held in memory at once."""
+    batch, size = [], 0
+    for part in parts:
+        batch.append(part)
+        size += len(part[1])
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def dataset_folder(name):
+    """data/name. Raises UserError for a name that could lead out of data/."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise UserError(f"--dataset={name}: a name of letters, digits, '.', '_' and '-'")
+    return Path("data") / name
+
+
+def refuse_foreign_files(target):
+    """Raises UserError where preparing target would replace a file that was not written by preparing it."""
+    names = {p.name for p in target.iterdir()} if target.exists() else set()
+    ours = {"meta.json", "tokenizer", ".DS_Store", *(f"{s}.bin" for s in SPLITS)}
+    foreign = names - ours if "meta.json" in names else names
+    if foreign:
+        raise UserError(f"{target} holds {min(foreign)}, and would be replaced: move it away, or choose "
+                        "another --dataset name")
+
+
+def replace_folder(target, new, old):
+    """Rename new to target, by way of old where a target exists: a Ctrl-C in between brings it back."""
     try:
-        value = kind(text)
-    except ValueError:
-        raise UserError(f"--{key}={text}: must be {'a whole number' if kind is int else 'a number'}") from None
-    if not 0 <= value < 2 ** 63:     # no key here means anything below zero; also refuses nan and inf
-        raise UserError(f"--{key}={text}: must be a finite number, 0 or more")
-    return value
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise
 
 
-def configure(cls, *layers):
-    """cls(**keys), where a later layer {key: value} wins over an earlier one and keys of other classes are
-    passed over. Raises UserError with the message of the ValueError by which cls refuses its values."""
-    names = {f.name for f in dataclasses.fields(cls)}
-    try:
-        return cls(**{k: v for layer in layers for k, v in layer.items() if k in names})
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def run(main):
-    """main(arguments) as a program. What is no mistake of the program's own ends it in one line: Ctrl-C, SIGTERM, a
-    reader that went away (| head), a file or disk that fails, too little memory."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # an exit like any other: temporary files are removed
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        os._exit(0)
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
-            raise
-        sys.exit("error: out of memory: lower --batch_size, --block_size or --num_samples")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Documents: a local file, SpeakLeash's plwiki, or mini.
+# ----------------------------------------------------------------------------------------------------
+# Documents: a local file, or SpeakLeash's plwiki
 
 def read_documents(path, quality="ALL"):
-    """Yield the text of each non-blank document of a .jsonl, .jsonl.zst or .txt file, with a progress bar.
+    """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt in pieces, blank ones left out; a progress
+    bar.
 
-    JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be missing. A .txt has
-    no borders between documents: it is cut at line ends into pieces of about 2,000 characters.
+    JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be missing.
     Raises UserError, which names the line, for anything else.
     """
     import zstandard
     path, n, found = Path(path), 0, False
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
     if not path.name.endswith((".jsonl", ".jsonl.zst", ".txt")):
         raise UserError(f"{path}: the name must end in .jsonl, .jsonl.zst or .txt")
-    file = open(path, "rb")
-    stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    text = io.TextIOWrapper(stream if path.suffix == ".zst" else file, encoding="utf-8-sig", newline="")
-    unit = "part" if path.suffix == ".txt" else "line"
-    pieces = iter(lambda: "".join(text.readlines(2000)), "") if path.suffix == ".txt" else text
-    with file, progress_bar(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
+    file, size, one_text = open(path, "rb"), path.stat().st_size, path.suffix == ".txt"
+    unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    stream = io.TextIOWrapper(unpacked if path.suffix == ".zst" else file, encoding="utf-8-sig", newline="")
+    with file, progress_bar(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
-            for n, piece in enumerate(pieces, 1):
+            for n, text in enumerate(text_pieces(stream, size) if one_text else stream, 1):
                 bar.update(file.tell() - bar.n)
-                if path.suffix != ".txt" and piece.strip():
-                    record = json.loads(piece)
-                    label = (record.get("meta") or {}).get("quality", quality)
-                    piece = record["text"] if quality in ("ALL", label) else ""
-                if piece.strip():
+                if not one_text and not text.isspace():
+                    record = json.loads(text)
+                    label = (record.get("meta") or {}).get("quality") or quality
+                    text = record["text"] if quality in ("ALL", label) else ""
+                if text.strip():
                     found = True
-                    yield piece.encode("utf-8", "replace").decode()     # JSON can spell half a character
+                    yield text.encode("utf-8", "replace").decode()      # JSON can spell half a character
         except zstandard.ZstdError as error:
             raise UserError(f"{path} is not a zstd file, or a damaged one ({error})") from None
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}, after {unit} {n}: not UTF-8 ({error.reason})") from None
+            raise UserError(f"{path} is not UTF-8 ({error.reason})") from None
         except (KeyError, TypeError, AttributeError):
             raise UserError(f'{path}, line {n}: not {{"text": "...", "meta": {{...}}}}') from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {n}: not JSON ({error})") from None
     if not found:
-        raise UserError(f"{path} holds no document" + (f" of quality {quality}" if quality != "ALL" else ""))
+        which = "" if one_text or quality == "ALL" else f" of quality {quality}"
+        raise UserError(f"{path} holds no document{which}")
+
+
+def text_pieces(stream, size):
+    """Yield a text of so many bytes in pieces that end at a space, small enough to cut it by tenths."""
+    most, rest = min(LONGEST_PART, max(100, size // 200)), ""
+    while chunk := stream.read(most):
+        *whole, rest = cut(rest + chunk, most)
+        yield from whole
+    yield rest
 
 
 def reachable(url, seconds=4):
-    """True if any server answers at url within `seconds`. In a thread of its own, for a name lookup knows no
-    time limit, and the clients below would retry for half a minute or wait for ever."""
+    """True if any server answers at url within so many seconds. In a thread of its own: a name lookup knows
+    no time limit, and the clients below would retry for half a minute or wait for ever."""
     import requests
-    answers = []
+    answered = threading.Event()
 
     def ask():
-        try:
-            answers.append(requests.head(url, timeout=seconds))
-        except requests.RequestException:
-            pass
+        with suppress(requests.RequestException):
+            requests.head(url, timeout=seconds)
+            answered.set()
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
+    threading.Thread(target=ask, daemon=True).start()
+    return answered.wait(seconds)
 
 
 def fetch_plwiki(folder):
-    """Download SpeakLeash's plwiki (870 MB) into folder, once; return the path of its .jsonl.zst."""
+    """Download SpeakLeash's plwiki (870 MB) into folder, once -> the path of its .jsonl.zst, or UserError."""
     from speakleash import Speakleash
     instead = "pass --source=FILE with a copy of plwiki.jsonl.zst, or use --dataset=mini"
     if not reachable(Speakleash.get_url("pl")):
@@ -217,241 +287,15 @@ def fetch_plwiki(folder):
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------
-# mini: a synthetic Polish encyclopaedia. Invented facts, real grammar: every noun is declined, every adjective,
-# participle, past tense and numeral agrees, so that a model must learn endings and not a list of sentences.
-
-CASES = ("nom", "gen", "dat", "acc", "ins", "loc")      # the cases an article uses: all but the vocative
-# Genders: m, f, n; M for a man or an animal, whose accusative is the genitive; p for names that exist only in the plural.
-ADJECTIVE = {"m": "y ego emu y ym ym", "M": "y ego emu ego ym ym", "f": "a ej ej ą ą ej", "n": "e ego emu e ym ym",
-             "p": "e ych ym e ymi ych"}
-PAST = {"m": "", "M": "", "f": "a", "n": "o", "p": "y"}     # był, była, było, były
-TREES = ("dęb lip buk sosn jodł grab klon jawor cis brzoz olch wierzb jesion kalin malin wiśni topol akacj modrzewi "
-         "jarzębin leszczyn orzech wiąz jałowc").split()
-STEMS = [tree.capitalize() for tree in TREES] + ("Jan Adam Piotr Bogdan Wilk Sokoł Kruk Orł Bobr Lis Tur Bor Gaj Rak "
-         "Stanisław Bolesław Mirosław Stefan Roman Julian Dzik Piask Chmiel Rad Borzym Zdzisław Kasztel").split()
-# A row is a gender, a stem and the endings of six cases; "-" is no ending, and "+" a stem that is filled in.
-TOWNS = ("m + ów owa owowi ów owem owie|m + owiec owca owcowi owiec owcem owcu|"
-         "f + ówka ówki ówce ówkę ówką ówce|n + owo owa owu owo owem owie|"
-         "p + owice owic owicom owice owicami owicach|f + owina owiny owinie owinę owiną owinie|"
-         "n + owsko owska owsku owsko owskiem owsku")
-SITES = ("f gór a y ze ę ą ze|m l as asu asowi as asem esie|m mo st stu stowi st stem ście|"
-         "n pol e a u e em u|f dolin a y ie ę ą ie|m brzeg - u owi - iem u|m dw ór oru orowi ór orem orze|"
-         "p łąk i - om i ami ach")
-RIVERS = ("f + ówka ówki ówce ówkę ówką ówce|f + ownica ownicy ownicy ownicę ownicą ownicy|"
-          "f + owianka owianki owiance owiankę owianką owiance")
-LANDS = "f + owszczyzna owszczyzny owszczyźnie owszczyznę owszczyzną owszczyźnie"
-BUILDINGS = ("m zam ek ku kowi ek kiem ku|m kości ół oła ołowi ół ołem ele|m młyn - a owi - em ie|"
-             "f wież a y y ę ą y|m ratusz - a owi - em u|n muzeum - - - - - -|f bibliote ka ki ce kę ką ce|"
-             "p mur y ów om y ami ach|n schronisk o a u o iem u|f latarni a - - ę ą -|f szko ła ły le łę łą le|"
-             "m pałac - u owi - em u")
-PLANTS = ("f mię ta ty cie tę tą cie|f róż a y y ę ą y|f koniczyn a y ie ę ą ie|f turzyc a y y ę ą y|"
-          "m dzwon ek ka kowi ek kiem ku|m mak - u owi - iem u|m fioł ek ka kowi ek kiem ku|"
-          "m pow ój oju ojowi ój ojem oju|n pros o a u o em ie|n ziel e a u e em u")
-BIRDS = ("f sikor a y ze ę ą ze|f mew a y ie ę ą ie|f kacz ka ki ce kę ką ce|f czapl a i i ę ą i|"
-         "f sow a y ie ę ą ie|f jaskół ka ki ce kę ką ce|M dro zd zda zdowi zda zdem ździe|"
-         "M or zeł ła łowi ła łem le|M bocian - a owi a em ie")
-EVENTS = ("f bitw a y ie ę ą ie|p targ i ów om i ami ach|m festyn - u owi - em ie|"
-          "m zj azd azdu azdowi azd azdem eździe|f wystaw a y ie ę ą ie|n świę to ta tu to tem cie")
-PLACES = "n miasto|f wieś|f osada|n miasteczko|m gród|f osada rybacka|f wieś letniskowa|n miasto portowe|n uzdrowisko"
-PRAISE = "piękn star mał spokojn zielon słynn bogat cich urocz zadban zamożn gościnn malownicz wielk".split()
-KINDS = ("leśn poln górsk błotn wodn pospolit drobn wonn czerwon biał żółt złot nadmorsk łąkow karpack mazursk dzik czarn "
-         "srebrn jesienn wiosenn nocn północn skaln").split()
-REGIONS = "śląsk mazowieck kujawsk pomorsk podlask łódzk lubelsk opolsk wielkopolsk małopolsk mazursk karkonosk".split()
-MONTHS = "stycznia lutego marca kwietnia maja czerwca lipca sierpnia września października listopada grudnia".split()
-CENTURIES = "XII XIII XIV XV XVI XVII XVIII XIX".split()
-MEN = "Jan Adam Stefan Roman Julian Marian Stanisław Bolesław Wacław Mirosław Bogdan Damian Władysław Czesław".split()
-WOMEN = "Ann Helen Iren Halin Janin Karolin Katarzyn Justyn Paulin Krystyn Regin Malwin Ewelin Sabin".split()
-JOBS = ("malarz malarzem malarka malarką|pisarz pisarzem pisarka pisarką|lekarz lekarzem lekarka lekarką|nauczyciel "
-        "nauczycielem nauczycielka nauczycielką|fotograf fotografem fotografka fotografką|botanik botanikiem botaniczka "
-        "botaniczką|rzeźbiarz rzeźbiarzem rzeźbiarka rzeźbiarką|architekt architektem architektka architektką|śpiewak "
-        "śpiewakiem śpiewaczka śpiewaczką|podróżnik podróżnikiem podróżniczka podróżniczką|poeta poetą poetka poetką")
-
-
-class Word:
-    """A noun or noun phrase: its gender and six cases. f"{word}" is the nominative, f"{word:gen}" the genitive."""
-
-    def __init__(self, gender, forms):
-        self.gender, self.forms = gender, list(forms)
-
-    def __format__(self, case):
-        return self.forms[CASES.index(case or "nom")]
-
-    def __add__(self, other):           # both words decline
-        return Word(self.gender, (f"{a} {b}" for a, b in zip(self.forms, other.forms)))
-
-    def past(self, verb):               # został, została, zostało, zostały
-        return verb + PAST[self.gender]
-
-    def verb(self, singular, plural):   # leży, leżą
-        return plural if self.gender == "p" else singular
-
-    def adjective(self, stem):          # wielki, wielkiego: y and e soften after k and g
-        soft = {"y": "i", "e": "ie"} if stem[-1] in "kg" else {}
-        return Word(self.gender, (stem + soft.get(e[0], e[0]) + e[1:] for e in ADJECTIVE[self.gender].split()))
-
-
-def is_few(n):
-    """2, 3, 4, 22, ... take the plural; 5, 12, 25, ... the genitive plural and a singular verb."""
-    return n % 10 in (2, 3, 4) and n % 100 not in (12, 13, 14)
-
-
-def count(n, one, few, many):
-    """Polish numerals: 1 rok, 2 lata, 5 lat."""
-    return f"{n:,} {one if n == 1 else few if is_few(n) else many}".replace(",", " ")
-
-
-def z(phrase):
-    """The preposition z, which is ze before an awkward pair of consonants."""
-    return ("ze " if phrase[0] in "SZŚ" and phrase[1] not in "aeiouyąęó" else "z ") + phrase
-
-
-def write_mini(seed, n_docs=30_000):
-    """Yield n_docs short articles; the same seed gives the same text."""
-    rng = random.Random(seed)
-    pick = rng.choice
-
-    def noun(table, filled=""):
-        gender, stem, *endings = pick(table.split("|")).split()
-        return Word(gender, (stem.replace("+", filled) + e.strip("-") for e in endings))
-
-    def town():
-        if rng.random() < 0.2:          # Dębowa Góra
-            site = noun(SITES)
-            phrase = site.adjective(pick(TREES) + "ow") + site
-            return Word(site.gender, map(str.title, phrase.forms))
-        name = noun(TOWNS, pick(STEMS))
-        if rng.random() < 0.4:          # Stare Bukowice
-            return name.adjective(pick(["Now", "Star", "Wielk", "Mał", "Górn", "Doln"])) + name
-        return name
-
-    def person():
-        gender, stem, endings = pick([("M", pick(MEN), ["", "a", "owi", "a", "em", "ie"]),
-                                      ("f", pick(WOMEN), ["a", "y", "ie", "ę", "ą", "ie"])])
-        first = Word(gender, (stem + e for e in endings))
-        return first + first.adjective(pick(STEMS) + "owsk")
-
-    def river():
-        return noun(RIVERS, pick(STEMS))
-
-    def species(table=PLANTS + "|" + BIRDS):
-        name = noun(table)
-        return name + name.adjective(pick(KINDS))
-
-    def building():
-        name = noun(BUILDINGS)
-        return name.adjective(pick(PRAISE)) + name
-
-    def job(who, case):
-        forms = pick(JOBS.split("|")).split()
-        return forms[2 * (who.gender == "f") + (case == "ins")]
-
-    def what(table):                    # piękne miasto, cicha wieś
-        gender, name = pick(table.split("|")).split(" ", 1)
-        return f"{Word(gender, []).adjective(pick(PRAISE))} {name}"
-
-    def region():
-        return f"w województwie {Word('n', []).adjective(pick(REGIONS)):loc}"
-
-    def year(first=1050, last=1990):
-        return f"{rng.randint(first, last)} roku"
-
-    def date(*years):
-        return f"{rng.randint(1, 28)} {pick(MONTHS)} {year(*years)}"
-
-    # An article is a list of slots; each slot offers a few sentences, of which one is taken.
-    def about_town():
-        t, x, y, who, b, n = town(), town(), town(), person(), building(), rng.randint(2, 90000)
-        return [[f"{t} to {what(PLACES)} {region()}.", f"{t} – {what(PLACES)} nad {river():ins}."],
-                [f"W {year()} {'mieszkały' if is_few(n) else 'mieszkało'} tam {count(n, 'osoba', 'osoby', 'osób')}.",
-                 f"{t} {t.verb('liczy', 'liczą')} {count(n, 'dom', 'domy', 'domów')}."],
-                [f"Pierwsza wzmianka o {t:loc} pochodzi z {year()}.",
-                 f"{t} {t.past('otrzymał')} prawa miejskie w {year()}.",
-                 f"W {pick(CENTURIES)} wieku {t} {t.past('należał')} do {person():gen}."],
-                [f"Droga prowadzi stąd do {x:gen} przez {y:acc}.",
-                 f"Mieszkańcy {x:gen} pomogli {t:dat} po pożarze.",
-                 f"{t} {t.verb('sąsiaduje', 'sąsiadują')} {z(f'{x:ins}')}."],
-                [f"W {t:loc} {b.verb('znajduje', 'znajdują')} się {b} z {pick(CENTURIES)} wieku.",
-                 f"Podróżni chwalą {b:acc}."],
-                [f"Tutaj {who.past('urodził')} się {job(who, 'nom')} {who}.", f"Rośnie tu {species(PLANTS)}."]]
-
-    def about_land():
-        t, x, who = noun(LANDS, pick(STEMS)), town(), person()
-        return [[f"{t} to {what('m kraj|f kraina|m region|f ziemia')}."],
-                [f"Przez {t:acc} płynie {river()}.", f"{z(f'{t:gen}')} {who.past('pochodził')} {who}."],
-                [f"Stolicą {t:gen} {x.verb('jest', 'są')} {x}.", f"W {t:loc} {x.verb('leży', 'leżą')} {x}."],
-                [f"Żyje tam {species(BIRDS)}, a na łąkach rośnie {species(PLANTS)}.",
-                 f"O {t:loc} {who.past('pisał')} {who}."],
-                [f"Dawniej {t} należała do {town():gen}.",
-                 f"Wiosną {t} słynie z {pick(['kwiatów', 'targów', 'pieśni', 'miodu', 'lnu'])}."]]
-
-    def about_person():
-        p, q, t, n, born = person(), person(), town(), rng.randint(31, 99), rng.randint(1050, 1890)
-        return [[f"{p} – {p.adjective('polsk')} {job(p, 'nom')}.", f"{p} {p.past('był')} {job(p, 'ins')}."],
-                [f"{p.past('Urodził')} się {date(born, born)} w {t:loc}.", f"{p.past('Pochodził')} {z(f'{t:gen}')}."],
-                [f"W {year(born + 15, born + 30)} {p.past('wyjechał')} do {town():gen}.",
-                 f"{p.past('Studiował')} w {town():loc}, gdzie {p.past('poznał')} {q:acc}."],
-                [f"Przez wiele lat {p.past('przyjaźnił')} się {z(f'{q:ins}')}.",
-                 f"List do {p:gen} {q.past('napisał')} {q}.", f"{q} {q.past('poświęcił')} {p:dat} książkę."],
-                [f"{p.past('Opisał')} {species():acc}.", f"{p.past('Interesował')} się {species():ins}.",
-                 f"{p.past('Namalował')} {t:acc}."],
-                [f"{p.past('Zmarł')} {date(born + n, born + n)}.",
-                 f"{p.past('Przeżył')} {count(n, 'rok', 'lata', 'lat')}."]]
-
-    def about_river():
-        r, x, t, n = river(), river(), town(), rng.randint(3, 400)
-        return [[f"{r} to rzeka {region()}, dopływ {x:gen}.", f"{r} to {what('f rzeka')}, która wpada do {x:gen}."],
-                [f"Ma {count(n, 'kilometr', 'kilometry', 'kilometrów')} długości."],
-                [f"Wypływa koło {t:gen}.", f"Nad {r:ins} {t.verb('leży', 'leżą')} {t}."],
-                [f"Płynie przez {town():acc}.", f"Za {town():ins} przyjmuje wody {river():gen}."],
-                [f"W dolinie {r:gen} można spotkać {species():acc}.", f"Most na {r:loc} zbudowano w {year()}."]]
-
-    def about_species():
-        table = pick([PLANTS, BIRDS])
-        s, other, who, n, t = species(table), species(table), person(), rng.randint(2, 90), town()
-        return [[f"{s} to gatunek, który {who.past('opisał')} {who}.", f"{s} występuje nad {river():ins}."],
-                [f"W {year()} naliczono w {t:loc} {count(n, 'okaz', 'okazy', 'okazów')}."],
-                [f"Pierwszy opis {s:gen} powstał w {t:loc}.", f"O {s:loc} opowiada się w {t:loc} wiele legend.",
-                 f"{s} {s.past('został')} {s.adjective('objęt')} ochroną w {year()}."],
-                [f"W herbie {t:gen} można zobaczyć {s:acc}.", f"Łatwo pomylić {s:acc} {z(f'{other:ins}')}.",
-                 f"{s} jest {s.adjective('podobn')} do {other:gen}."]]
-
-    def about_building():
-        b, t, who = building(), town(), person()
-        return [[f"{b} w {t:loc} {b.verb('pochodzi', 'pochodzą')} z {pick(CENTURIES)} wieku.",
-                 f"{b} w {t:loc} {b.past('został')} {b.adjective('zbudowan')} w {year()}."],
-                [f"Pieniądze na {b:acc} {who.past('dał')} {who}.", f"Plany {b:gen} {who.past('narysował')} {who}."],
-                [f"Obok {b:gen} rośnie {species(PLANTS)}.", f"Przed {b:ins} gniazduje {species(BIRDS)}."],
-                [f"O {b:loc} wspomina list {z(f'{town():gen}')}.", 
-                 f"Dzięki {b:dat} {t} {t.past('stał')} się {t.adjective('sławn')}.",
-                 f"Wielu turystów podziwia {b:acc}."]]
-
-    def about_event():
-        e, t, who, n = noun(EVENTS), town(), person(), rng.randint(2, 9000)
-        return [[f"{e} w {t:loc} {e.past('odbył')} się {date()}."],
-                [f"W {e:loc} {who.past('wziął') if who.gender == 'M' else 'wzięła'} udział {who}.",
-                 f"Po {e:loc} zbudowano {building():acc}."],
-                [f"Przed {e:ins} przyjechało {count(n * 10, '', '', 'gości')} {z(f'{town():gen}')}."],
-                [f"Pamięć o {e:loc} trwa do dziś.", f"Dzięki {e:dat} świat poznał {t:acc}."]]
-
-    kinds = [about_town, about_town, about_person, about_person, about_river, about_species, about_building,
-             about_land, about_event]
-    for _ in range(n_docs):
-        first, *rest = pick(kinds)()
-        slots = [first] + [slot for slot in rest if rng.random() < 0.85]
-        sentences = [pick(slot) for slot in slots]
-        yield " ".join(s[0].upper() + s[1:] for s in sentences)
-
-
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Tokenizers. transformers takes seconds to import, so only the functions that need it do.
 
 def train_tokenizer(texts, vocab_size):
     """Learn a Llama-style BPE (Sennrich et al. 2016) of vocab_size entries from an iterable of texts.
 
-    <unk>, <s>, </s>, then 256 byte tokens to which any unseen character falls back, then the merges. A space is
-    the mark ▁ at the front of a word; decoding gives the text back unchanged. The vocabulary is learned from
-    all splits: it only fixes the units, which both models share.
+    <unk>, <s>, </s>, then 256 byte tokens to which any unseen character falls back, then the merges. A space
+    is the mark ▁ at the front of a word; decoding gives the text back unchanged. The vocabulary is learned
+    from all splits: it only fixes the units, which both models share.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -460,14 +304,14 @@ def train_tokenizer(texts, vocab_size):
     def tokenizer(vocab, merges):
         tok = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        # merges stay within a word, a run of signs (both of at most 50: a megabyte without a space must not be one), or a digit
+        # merges stay within a word, a run of signs (at most 50: a megabyte may have no space), or a digit
         words = Regex(r"▁?\p{L}{1,50}|▁?[^\p{L}\p{N}\s▁]{1,50}|\p{N}|\s|▁{1,50}")
         tok.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
         tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                          decoders.Strip(" ", 1, 0)])
         return tok
 
-    def sample():       # the trainer keeps every distinct word in memory; more text would hardly change the merges
+    def sample():       # the trainer keeps every distinct word; more text would hardly change the merges
         size = 0
         for part in itertools.chain.from_iterable(map(cut, texts)):
             yield part
@@ -475,10 +319,9 @@ def train_tokenizer(texts, vocab_size):
             if size > 50_000_000:
                 return
 
-    draft = tokenizer({}, [])
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(first), min_frequency=2,
-                                  limit_alphabet=min(1000, vocab_size - len(first)))
-    draft.train_from_iterator(sample(), trainer)
+    draft, n_learned = tokenizer({}, []), vocab_size - len(first)
+    draft.train_from_iterator(sample(), trainers.BpeTrainer(vocab_size=n_learned, min_frequency=2,
+                                                            limit_alphabet=min(1000, n_learned)))
     learned = json.loads(draft.to_str())["model"]
     by_id = sorted(learned["vocab"], key=learned["vocab"].get)
     vocab = {token: i for i, token in enumerate(first + [t for t in by_id if t not in first])}
@@ -487,8 +330,8 @@ def train_tokenizer(texts, vocab_size):
 
 
 def load_tokenizer(name):
-    """The tokenizer of a folder or a hub name; without a network, from the hub's local cache. Never runs code from
-    there. Raises UserError that says what to type instead."""
+    """The tokenizer of a folder or a hub name; without a network, from the hub's local cache. Never runs code
+    from there. Raises UserError, which says what to type instead."""
     instead = "pass --tokenizer=FOLDER or --tokenizer=train, or use --dataset=mini"
     local = Path(name).is_dir()
     offline = local or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
@@ -501,161 +344,34 @@ def load_tokenizer(name):
         if offline and not local:
             raise UserError(f"the tokenizer {name!r} is not on this machine and the hub cannot be reached: "
                             f"{instead}") from None
-        reason = str(error).strip().split("\n")[0]
-        advice = "" if local else " Log in (`hf auth login`) and accept its licence on the hub, or"
-        raise UserError(f"cannot load the tokenizer {name!r} ({reason}).{advice} {instead}") from None
+        why = f"cannot load the tokenizer {name!r} ({first_line(error)})"
+        if local:
+            raise UserError(why) from None
+        why += ". Log in (`hf auth login`) and accept its licence on the hub, or"
+        raise UserError(f"{why} {instead}") from None
     if tok.bos_token_id is None or tok.eos_token_id is None:
         raise UserError(f"the tokenizer {name!r} has no <s> and </s>")
     if len(tok) > 65536:
-        raise UserError(f"the tokenizer {name!r} has {len(tok):,} entries; a token is stored in 16 bits, so 65536 "
-                        "is the most")
+        raise UserError(f"the tokenizer {name!r} has {len(tok):,} entries, and a token is stored in 16 bits")
     return tok
 
 
 def encode(tok, texts):
     """Token ids of each text, without <s> and </s>; such marks inside a text are ordinary characters."""
-    return tok(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)["input_ids"]
+    return tok(texts, add_special_tokens=False, split_special_tokens=True,
+               return_attention_mask=False)["input_ids"]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Preparation: documents -> data/NAME/{train,val,test}.bin, meta.json, tokenizer/
-
-def cut(text, most=100_000):
-    """Yield text in parts of at most so many characters: a tokenizer needs some 200 bytes of memory for each character of
-    a text. A cut takes the place of a space, for which the ▁ at the front of the next part will stand (a tokenizer that
-    puts none there loses that space)."""
-    start = 0
-    while len(text) - start > most:
-        end = text.rfind(" ", start + most // 2, start + most)
-        yield text[start:start + most if end < 0 else end]
-        start = start + most if end < 0 else end + 1
-    yield text[start:]
-
-
-def in_batches(texts, characters=500_000):
-    """Lists of (number of the text, a part of it), about that many characters together: what is held in memory at once."""
-    batch, size = [], 0
-    for n, text in enumerate(texts):
-        for part in cut(text):
-            batch.append((n, part))
-            size += len(part)
-            if size >= characters:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def assign_splits(hashes):
-    """Hash of each document (uint64) -> its split (0 train, 1 val, 2 test), or -1 for all but the first of
-    identical documents. Ranked by hash, the lowest tenth is val and the next is test: a document's split
-    depends on seed and text, never on the order or speed of the workers."""
-    order = np.argsort(hashes, kind="stable")
-    ranked = hashes[order]
-    is_first = np.append(True, ranked[1:] != ranked[:-1])
-    del ranked                          # 5 GB can hold 16 million short documents, 130 MB of hashes
-    first = order[is_first]
-    if len(first) < 3:
-        raise UserError(f"{len(first)} different documents cannot be split into train, val and test")
-    tenth = max(1, round(len(first) / 10))
-    split = np.full(len(hashes), -1, dtype=np.int8)
-    split[first] = 0
-    split[first[:tenth]], split[first[tenth:2 * tenth]] = 1, 2
-    return split
-
-
-def dataset_folder(name):
-    """data/name. Raises UserError for a name that could lead out of data/."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-        raise UserError(f"--dataset={name}: a name of letters, digits, '.', '_' and '-'")
-    return Path("data") / name
-
-
-def prepare(config):
-    """Write data/NAME/ as the DataConfig says. It appears whole or not at all; an older one is replaced."""
-    target = dataset_folder(config.dataset)
-    source, trained = config.source, config.tokenizer == "train"
-    names = {p.name for p in target.iterdir()} if target.exists() else set()
-    yours = names - ({"meta.json", "tokenizer", ".DS_Store", *(f"{s}.bin" for s in SPLITS)} if "meta.json" in names else set())
-    if yours:
-        raise UserError(f"{target} holds {min(yours)}, and would be replaced: move it away, or choose another --dataset name")
-    if not source and config.dataset not in PRESETS:
-        raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
-    tok = None if trained else load_tokenizer(config.tokenizer)     # fails in seconds, before any download
-    if not source and config.dataset == "plwiki":
-        source = fetch_plwiki(target.parent / "speakleash")
-
-    def documents():
-        texts = read_documents(source, config.quality) if source else write_mini(config.seed)
-        return itertools.islice(texts, config.n_docs or None)
-
-    target.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{config.dataset}-") as scratch:
-        if trained:
-            print(f"training a tokenizer of {config.vocab_size:,} entries")
-            tok = train_tokenizer(documents(), config.vocab_size)
-        new, raw = Path(scratch) / "new", Path(scratch) / "tokens"
-        new.mkdir()
-        try:
-            tok.save_pretrained(new / "tokenizer")
-        except Exception as error:      # its own kind of exception, where the disk is full
-            raise UserError(f"cannot write the tokenizer ({error})") from None
-
-        # All documents go to one file; where each goes from there is known only after the last.
-        hashes, lengths = array("Q"), array("I")
-
-        def hashed():
-            for text in documents():
-                key = hashlib.blake2b(text.encode(), digest_size=8, salt=config.seed.to_bytes(8, "little"))
-                hashes.append(int.from_bytes(key.digest(), "little"))
-                lengths.append(0)
-                yield text
-
-        with open(raw, "wb") as out:
-            for batch in in_batches(hashed()):
-                for (d, _), ids in zip(batch, encode(tok, [part for _, part in batch])):
-                    out.write(np.array(ids, dtype="<u2").tobytes())
-                    lengths[d] += len(ids)
-        bos, eos = np.array([tok.bos_token_id, tok.eos_token_id], dtype="<u2")
-        split, starts, splits = assign_splits(np.frombuffer(hashes, np.uint64)), np.cumsum(lengths) - lengths, {}
-        for k, name in enumerate(SPLITS):
-            digest, members = hashlib.sha256(), np.flatnonzero(split == k)
-            with open(raw, "rb") as tokens, open(new / f"{name}.bin", "wb") as out:
-                for d in members:
-                    tokens.seek(2 * int(starts[d]))
-                    piece = bos.tobytes() + tokens.read(2 * lengths[d]) + eos.tobytes()
-                    digest.update(piece)
-                    out.write(piece)
-                splits[name] = {"documents": len(members), "tokens": out.tell() // 2, "sha256": digest.hexdigest()}
-        meta = {"format_version": FORMAT_VERSION, "dataset": config.dataset, "source": source or config.dataset,
-                "quality": config.quality, "seed": config.seed, "tokenizer": config.tokenizer,
-                "vocab_size": len(tok), "splits": splits}
-        (new / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-        old = Path(scratch) / "old"
-        try:
-            if target.exists():
-                target.rename(old)
-            new.rename(target)
-        except BaseException:           # a Ctrl-C between the two, also
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
-    for name, s in splits.items():
-        print(f"{target}/{name}.bin: {s['documents']:,} documents, {s['tokens']:,} tokens")
-    return meta
-
-
-# ----------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Loading: data/NAME/ -> token memmaps -> batches
 
 def load_dataset(name):
-    """-> meta.json as a dict, and {"train" | "val" | "test": uint16 memmap}. Raises UserError when the folder is
-    missing, or when a file is not the one that meta.json describes."""
-    folder = dataset_folder(name)
+    """-> meta.json as a dict, and {"train" | "val" | "test": uint16 memmap}. Raises UserError where the
+    folder is missing, or a file is not the one that meta.json describes."""
+    folder, splits = dataset_folder(name), {}
     if not (folder / "meta.json").is_file():
         source = "" if name in PRESETS else " --source=FILE"
         raise UserError(f"{folder} is not prepared: run `python data.py --dataset={name}{source}` first")
-    splits = {}
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
@@ -665,7 +381,7 @@ def load_dataset(name):
         for split in SPLITS:
             tokens = splits[split] = np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r")
             facts = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
-            if facts.items() - meta["splits"][split].items():
+            if any(meta["splits"][split][key] != fact for key, fact in facts.items()):
                 raise ValueError(f"{split}.bin is not the file that was prepared")
             if tokens.max() >= meta["vocab_size"]:
                 raise ValueError(f"{split}.bin holds a token id above the vocabulary of {meta['vocab_size']}")
@@ -674,7 +390,7 @@ def load_dataset(name):
     return meta, splits
 
 
-def n_windows(tokens, block_size):
+def count_windows(tokens, block_size):
     """How many windows of block_size + 1 tokens a split holds; neighbours share one token, which is the last
     target of one and the first input of the next, so that each token is predicted once."""
     return (len(tokens) - 1) // block_size
@@ -686,16 +402,17 @@ def _permutation(n, seed, epoch):
 
 
 def train_windows(n, step, batch_size, seed, rank=0, world_size=1):
-    """Which of n windows are the batch of a step: consecutive entries of one permutation per epoch, so that none
-    comes twice in an epoch. A pure function of its arguments: any step can be replayed. Each rank gets its equal
-    part of the same batch."""
-    part = batch_size // world_size
-    positions = step * batch_size + rank * part + np.arange(part)
+    """Which of n windows are the batch of a step: consecutive entries of one permutation per epoch, so that
+    none comes twice in an epoch. A pure function of its arguments: any step can be replayed. Each rank gets
+    its equal part of the same batch."""
+    share = batch_size // world_size
+    positions = step * batch_size + rank * share + np.arange(share)
     return [_permutation(n, seed, int(p // n))[p % n] for p in positions]
 
 
 def get_batch(tokens, windows, block_size, device):
-    """Windows by number -> idx and targets (B, T) int64 on device, targets[:, t] being the token after idx[:, t]."""
+    """Windows by number -> idx and targets (B, T) int64 on device, targets[:, t] the token after idx[:,
+    t]."""
     rows = np.stack([tokens[w * block_size:(w + 1) * block_size + 1] for w in map(int, windows)])
     batch = torch.from_numpy(rows.astype(np.int64))
     if torch.device(device).type == "cuda":     # from pinned memory the copy runs beside the computation
@@ -705,9 +422,224 @@ def get_batch(tokens, windows, block_size, device):
     return batch[:, :-1], batch[:, 1:]
 
 
+# ----------------------------------------------------------------------------------------------------
+# The command line, for every script: dataclass fields are the keys, their trailing comments the help
+
+class UserError(SystemExit):
+    """A mistake the user can mend. Raised anywhere, it ends the program with one line and exit code 1."""
+
+    def __init__(self, message):
+        super().__init__(f"error: {message}")
+
+
+def first_line(error):
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is a UserError."""
+
+    def error(self, message):
+        raise UserError(message.removeprefix("argument ") + " (see --help)")
+
+
+def whole_number(text):
+    """Also '1e3'."""
+    if not float(text).is_integer():
+        raise ValueError
+    return int(text) if text.isdecimal() else int(float(text))
+
+
+def true_or_false(text):
+    return ("false", "true").index(text.lower()) == 1
+
+
+def parse_args(argv, doc, *configs, elsewhere={}):
+    """['--key=value', '--key', 'value', ...] -> {key: value} of the keys that are given, typed as the fields
+    of the config dataclasses. --help prints them; elsewhere: other defaults that it names, {key: text}.
+
+    Raises UserError for an unknown key (the nearest is named) or a value of another type.
+    """
+    if "--help" in argv or "-h" in argv:
+        print_help(doc, configs, elsewhere)
+        sys.exit(0)
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    fields = {f.name: f for config in configs for f in dataclasses.fields(config)}
+    for name, f in fields.items():
+        read = {int: whole_number, bool: true_or_false, float: float}.get(f.type)
+        parser.add_argument(f"--{name}", type=read, choices=typing.get_args(f.type) or None)
+    values, unknown = parser.parse_known_args(argv)
+    for text in unknown:
+        if not text.startswith("--"):
+            raise UserError(f"{text!r} is not of the form --key=value (see --help)")
+        key = text.partition("=")[0]
+        near = difflib.get_close_matches(key.removeprefix("--"), fields, 1)
+        raise UserError(f"unknown key {key}" + (f", did you mean --{near[0]}?" if near else " (see --help)"))
+    return vars(values)
+
+
+def configure(config_class, *layers):
+    """config_class(**keys), where a later layer {key: value} wins over an earlier one and keys of other
+    classes are passed over. Raises UserError for a value that is not of its field's type (a layer may come
+    from a file), is out of range, or is refused by the class."""
+    fields = {f.name: f for f in dataclasses.fields(config_class)}
+    keys = {k: v for layer in layers for k, v in layer.items() if k in fields}
+    for key, value in keys.items():
+        kind, choices = fields[key].type, typing.get_args(fields[key].type)
+        if value is None and fields[key].default is None:
+            continue
+        if value not in choices if choices else type(value) is not kind:
+            raise UserError(f"--{key}={value}: must be {' or '.join(choices) or kind.__name__}")
+        if kind in (int, float) and not 0 <= value < 2 ** 63:       # nothing here means anything below zero
+            raise UserError(f"--{key}={value}: must be a finite number, 0 or more")
+    try:
+        return config_class(**keys)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def print_help(doc, configs, elsewhere):
+    """Each key with its default, meaning and choices, in 100 columns."""
+    print(doc.strip())
+    for config in configs:
+        print(f"\n{config.__doc__.splitlines()[0]}")
+        comments = dict(re.findall(r"^    (\w+): .*?  +# (.*)$", inspect.getsource(config), re.M))
+        for f in dataclasses.fields(config):
+            text = comments[f.name]
+            text += f"; one of {', '.join(typing.get_args(f.type))}" if typing.get_args(f.type) else ""
+            text += f" ({elsewhere[f.name]})" if f.name in elsewhere else ""
+            print(textwrap.fill(text, 100, initial_indent=f"  --{f.name}={f.default} ".ljust(35),
+                                subsequent_indent=" " * 35))
+
+
+def run(main):
+    """main(arguments) as a program. Ctrl-C, SIGTERM, a reader that went away (| head), a file or disk that
+    fails and too little memory end it without a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # an exit like any other: staging is removed
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(141)       # as the shell reports a program that SIGPIPE ended
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+            raise
+        sys.exit("error: out of memory: lower --batch_size, --block_size or --num_samples")
+
+
 def main(argv):
     keys = parse_args(argv, __doc__, DataConfig)
     prepare(configure(DataConfig, PRESETS.get(keys.get("dataset", DataConfig.dataset), {}), keys))
+
+
+# ----------------------------------------------------------------------------------------------------
+# mini: a synthetic Polish encyclopaedia. Invented facts, real grammar: nouns are declined; adjectives, past
+# tenses and numerals agree with them, so that a model must learn endings and not a list of sentences.
+
+CASES = "nom gen dat acc ins loc".split()       # all but the vocative
+# Genders: m, f, n; M for a man or an animal, whose accusative is the genitive; p for plurals.
+PAST = {"m": "", "M": "", "f": "a", "n": "o", "p": "y"}                     # był, była, było, były
+ADJECTIVE = {"m": "y ego emu y ym ym", "M": "y ego emu ego ym ym", "f": "a ej ej ą ą ej",
+             "n": "e ego emu e ym ym", "p": "e ych ym e ymi ych"}           # nowy, nowego, nowemu, ...
+# A row is a gender and the endings of six cases. A noun takes the first row whose nominative it ends in.
+NOUNS = [row.split() for row in (
+    "f ka ki ce kę ką ce|f na ny nie nę ną nie|f ra ry rze rę rą rze|f ta ty cie tę tą cie|"
+    "f wa wy wie wę wą wie|f ca cy cy cę cą cy|f ża ży ży żę żą ży|f wieś wsi wsi wieś wsią wsi|"
+    "m ów owa owowi ów owem owie|m zamek zamku zamkowi zamek zamkiem zamku|m ek ka kowi ek kiem ku|"
+    "m iec ca cowi iec cem cu|M an ana anowi ana anem anie|M ław ława ławowi ława ławem ławie|"
+    "M arz arza arzowi arza arzem arzu|n wo wa wu wo wem wie|n asto asta astu asto astem eście|"
+    "n ko ka ku ko kiem ku|p ice ic icom ice icami icach|p mury murów murom mury murami murach").split("|")]
+STEMS = ("Dęb Lip Buk Sosn Jodł Grab Klon Jawor Cis Brzoz Olch Wierzb Jesion Kalin Malin Wiśni Topol Akacj "
+         "Jarzębin Leszczyn Orzech Jałowc Modrzewi Wiąz Jan Adam Piotr Bogdan Wilk Sokoł Kruk Orł Bobr Lis "
+         "Stanisław Bolesław Mirosław Stefan Roman Julian Bor Gaj Dzik Piask Chmiel Rad Tur Zdzisław").split()
+PRAISE = "piękn star mał zielon słynn bogat cich now wielk skromn urocz malownicz drewnian dawn".split()
+# What an article may name: nouns, then stems of adjectives before them and after them ("" is none).
+LEXICON = {
+    "town": ([stem + end for stem in STEMS for end in ("ów", "owo", "ówka", "owina", "owiec", "owice")],
+             ["", "", "", "", "Now", "Star", "Wielk", "Mał", "Górn", "Doln"]),
+    "river": ([stem + end for stem in STEMS for end in ("ownica", "owianka")],),
+    "who": ("Jan Stefan Roman Julian Stanisław Wacław Czesław Anna Helena Barbara Marta Ewa Monika".split(),
+            [""], [stem + "owsk" for stem in STEMS]),
+    "species": ("mięta róża malwa turzyca dzwonek fiołek mewa sowa sikora kaczka sroka wrona bocian".split(),
+                [""], "leśn poln górsk wodn drobn biał żółt złot łąkow karpack dzik czarn srebrn".split()),
+    "place": ("miasto wieś miasteczko uzdrowisko".split(), PRAISE, "śląsk mazowieck pomorsk lubelsk".split()),
+    "building": ("zamek mury katedra kaplica wieża chata biblioteka opactwo".split(), PRAISE)}
+# Of the sentences on a line one is taken. {town2} is a second town; {past} ends the verb of a numeral.
+ARTICLES = """
+{town} to {place}. | {town} – {place} nad {river:ins}.
+W {later} roku mieszkał{past} tam {people}. | W {later} roku stał{past} tam {homes}.
+Pierwsza wzmianka o {town:loc} pochodzi z {year} roku. | {town} należał{town.past} do {who2:gen}.
+{town} graniczył{town.past} {town2:z ins}. | Mieszkańcy {town2:gen} pomogli {town:dat} po pożarze.
+Tutaj urodził{who.past} się {job} {who}. | Podróżni chwalą {building:acc}. | Występuje tu {species}.
+
+{who} – {job}. | {who} był{who.past} {job:ins}.
+Urodził{who.past} się w {year} roku w {town:loc}. | Pochodził{who.past} {town:z gen}.
+W {town2:loc} poznał{who.past} {who2:acc}. | Przez wiele lat przyjaźnił{who.past} się {who2:z ins}.
+Opisał{who.past} {species:acc}. | Zajmował{who.past} się {species:ins}. | Malował{who.past} {building:acc}.
+Zmarł{who.past} w {later} roku. | Przeżył{who.past} {age}.
+Książkę o {who:loc} napisał{who2.past} {who2}. | {who2} poświęcił{who2.past} {who:dat} wiersz.
+
+{species} występuje nad {river:ins}. | {species} to gatunek, który opisał{who.past} {who}.
+W {year} roku żył{past} w {town:loc} {specimens}.
+Pierwszy opis {species:gen} powstał w {town2:loc}. | O {species:loc} krąży w {town2:loc} wiele legend.
+{species} jest chronion{species.adj} od {later} roku. | {who2} poświęcił{who2.past} {species:dat} wiersz.
+W herbie {town:gen} można zobaczyć {species:acc}. | Wraz {species:z ins} występuje {species2}.
+
+{building} w {town:loc} został{building.past} zbudowan{building.adj} w {year} roku.
+Pieniądze na {building:acc} dał{who.past} {who}. | Plany {building:gen} narysował{who.past} {who}.
+Obok {building:gen} występuje {species}. | Przed {building:ins} można spotkać {species:acc}.
+O {building:loc} pisał{who2.past} {who2}. | Dzięki {building:dat} {town} stał{town.past} się sławn{town.adj}.
+""".strip().split("\n\n")
+
+
+class Word:
+    """A noun and its adjectives. f"{word}" is nominative, f"{word:gen}" genitive; "z gen" adds z or ze."""
+
+    def __init__(self, noun, before="", after=""):
+        gender, *endings = next(row for row in NOUNS if noun.endswith(row[1]))
+        self.gender, self.past, self.adj = gender, PAST[gender], ADJECTIVE[gender][0]     # stał-o, sławn-e
+        forms = [noun.removesuffix(endings[0]) + ending for ending in endings]
+        if before:
+            forms = [f"{before}{ending} {form}" for ending, form in zip(ADJECTIVE[gender].split(), forms)]
+        if after:
+            forms = [f"{form} {after}{ending}" for ending, form in zip(ADJECTIVE[gender].split(), forms)]
+        self.forms = [form.replace("ky", "ki").replace("ke", "kie") for form in forms]  # not wielky
+
+    def __format__(self, spec):
+        form = self.forms[CASES.index(spec.removeprefix("z ") or "nom")]
+        return z(form) if spec.startswith("z ") else form
+
+
+def is_few(n):          # 2, 3, 4, 22, ... take the plural; 5, 12, ... the genitive plural and a neuter verb
+    return n % 10 in (2, 3, 4) and n % 100 not in (12, 13, 14)
+
+
+def count(n, one, few, many):           # Polish numerals: 1 rok, 2 lata, 5 lat
+    return f"{n:,} {one if n == 1 else few if is_few(n) else many}".replace(",", " ")
+
+
+def z(phrase):          # the preposition z, which is ze before an awkward pair of consonants
+    return ("ze " if phrase[0] in "SZŚszś" and phrase[1] not in "aeiouyąęó" else "z ") + phrase
+
+
+def write_mini(seed, n_docs=30_000):
+    """Yield n_docs short articles; the same seed gives the same text."""
+    rng = random.Random(seed)
+    for _ in range(n_docs):
+        words = {name + i: Word(*map(rng.choice, row)) for name, row in LEXICON.items() for i in ("", "2")}
+        job = rng.choice(["mal", "pis", "lek", "aptek"]) + ("arka" if words["who"].gender == "f" else "arz")
+        n, age, year = rng.randint(2, 90_000), rng.randint(31, 99), rng.randint(1050, 1890)
+        words |= {"year": year, "later": year + age, "age": count(age, "rok", "lata", "lat"),
+                  "people": count(n, "osoba", "osoby", "osób"), "homes": count(n, "dom", "domy", "domów"),
+                  "specimens": count(n, "okaz", "okazy", "okazów"), "past": PAST["p" if is_few(n) else "n"],
+                  "job": Word(job, "polsk")}
+        lines = rng.choice(ARTICLES).splitlines()[:rng.randint(4, 6)]
+        sentences = [rng.choice(line.split(" | ")).format(**words) for line in lines]
+        yield " ".join(s[0].upper() + s[1:] for s in sentences)
 
 
 if __name__ == "__main__":
