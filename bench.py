@@ -1,4 +1,5 @@
-"""Time generation, or training, of the report's full-size models (random weights), on every device present; compare runs.
+"""Time generation, or training, of the report's full-size models (random weights), on every device present;
+compare finished runs.
 
     python bench.py                             # both models on cuda, mps and cpu, whichever are here
     python bench.py --model=gpt --device=cpu --new_tokens=64 --out_dir=outputs/short
@@ -7,15 +8,12 @@
     python bench.py --compare=True              # the trained runs under outputs/, side by side
     python bench.py --help
 
-naive: the whole context is computed anew for each token, as the report did; cached: only the newest token is; graph:
-that in one launch. Prints a table, writes outputs/bench.json and a bar chart. Times the generation loop of sample.py, and for
-training a step of the same models, loss and optimizers as train.py's.
+naive: the whole context is computed anew for each token, as the report did; cached: only the newest token
+is; graph: that in one launch. Prints a table, writes bench.json and a bar chart. Times the loop of sample.py
+and the train_step of train.py as they are.
 """
-import ctypes
-import gc
 import json
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,72 +29,94 @@ from data import UserError
 from model_gpt import GPT
 from model_lstm import LSTM
 from sample import generate, to_dtype
-from train import MODELS, RECIPES, TrainConfig, choose_device, choose_dtype, device_name, devices_present, keep_freed_memory, \
-    make_optimizer, peak_memory_gb, set_matmul_precision, write_whole
+from train import MODELS, RECIPES, TrainConfig, Trainer, choose_device, choose_dtype, device_name, \
+    devices_present, peak_memory_gb, picture, write_json
 
 PROMPT_TOKENS = 8
-REPORT = {"generation": "the report, naive: Transformer 16.5 tokens/s on an A40, 13 on an M4; LSTM 16.5 on an A40, 4 on an M4",
+REPORT = {"generation": "the report, naive: Transformer 16.5 tokens/s (A40), 13 (M4); LSTM 16.5 and 4",
           "training": "the report, on an A40: Transformer 7,852 tokens/s"}
 
 
 @dataclass
 class BenchConfig:
-    model: Literal["all", "gpt", "lstm"] = "all"    # which to time
+    """What to time."""
+    model: Literal["all", "gpt", "lstm"] = "all"    # which model
     device: Literal["all", "cuda", "mps", "cpu"] = "all"    # where; all: every device present
     train: bool = False             # time training steps instead of generation
-    compare: bool = False           # time nothing: a table and curves of the finished runs in and below out_dir
-    new_tokens: int = 248           # tokens to generate after a prompt of 8; 248 fills the GPT's window of 256
-    batch_size: int = 0             # sequences at once; tokens/s counts all of them; 0: 1, to train the report's 32
+    compare: bool = False           # time nothing: tables and curves of the finished runs below out_dir
+    new_tokens: int = 248           # to generate after a prompt of 8; 248 fills the GPT's window of 256
+    batch_size: int = 0             # sequences at once; 0: 1, to train the report's 32
     repeats: int = 3                # runs of which the median counts
-    out_dir: str = "outputs"        # where bench.json and bench.png go
+    out_dir: str = "outputs"        # where bench.json and the chart go
 
     def __post_init__(self):
-        if self.new_tokens < 2:     # the first comes with the prompt's pass and is not timed
-            raise ValueError("new_tokens must be at least 2")
-        if self.repeats < 1:
-            raise ValueError("repeats must be at least 1")
-
-
-def synchronize(device):
-    """Wait until the device has done what was asked of it; the clock means nothing before."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+        if self.new_tokens < 2 or self.repeats < 1:     # the first token is not timed: see cached_seconds
+            raise ValueError("new_tokens must be at least 2, and repeats 1")
 
 
 def seconds(function, device, repeats):
-    """Median time of function() over repeats, after the device has come to rest."""
-    times = []
+    """Median time of function() over repeats. The clock means nothing before the device has come to rest."""
+    times, synchronize = [], getattr(torch, device.type).synchronize
     for _ in range(repeats):
-        synchronize(device)
+        synchronize()
         start = time.perf_counter()
         function()
-        synchronize(device)
+        synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
+# ----------------------------------------------------------------------------------------------------
+# Generation
+
+def bench_generation(name, device, config):
+    """Yield one row per mode and dtype, as in bench.json."""
+    model_class, config_class, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = model_class(config_class()).to(device).eval()
+    prompt = torch.randint(model.config.vocab_size, (config.batch_size, PROMPT_TOKENS), device=device)
+    # what one token must read: all weights but the embedding tables, of which it reads a row
+    n_weights = sum(p.numel() for key, p in model.named_parameters() if not key.startswith(("wte", "wpe")))
+    bandwidth, naive = read_bandwidth(device), None
+    fast = choose_dtype("auto", device, training=False)[0]
+    best = ("graph", fast) if device.type == "cuda" else ("cached", torch.int8)
+    exact = torch.float32
+    for mode, dtype in dict.fromkeys([("naive", exact), ("cached", exact), ("cached", fast), best]):
+        to_dtype(model, dtype)
+        if mode == "naive":
+            steps = config.new_tokens / naive_seconds(model, prompt, config)
+        else:
+            steps = (config.new_tokens - 1) / cached_seconds(model, prompt, config, mode)
+        speed = steps * config.batch_size
+        naive = naive or speed
+        share = steps * n_weights * dtype.itemsize / bandwidth
+        yield {"model": name, "device": device.type, "mode": mode, "dtype": str(dtype).removeprefix("torch."),
+               "tokens_per_second": round(speed, 2), "ratio": round(speed / naive, 2),
+               "bandwidth_share": round(share, 3), "bandwidth_gb_per_second": round(bandwidth / 1e9, 1)}
+
+
 @lru_cache      # once per device, so that the shares of both models can be compared
 def read_bandwidth(device):
-    """Bytes per second at which the device reads a gigabyte that no cache holds: the sum of a float32 vector."""
+    """Bytes per second at which the device reads a gigabyte that no cache holds: the sum of a float32
+    vector."""
     x = torch.ones(2 ** 28, device=device)
     x.sum()
     return x.numel() * 4 / seconds(x.sum, device, 9)
 
 
-def weights_per_token(model):
-    """Weights that one decoding step must read: all but the embedding tables, of which it reads a row."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("wte", "wpe")))
-
-
 def naive_seconds(model, prompt, config):
-    """Seconds to generate new_tokens naively. A pass depends on the context's length alone and changes little from one
-    to the next, so 16 lengths, spread evenly over the window, stand for all: an LSTM's 248 passes take minutes."""
-    device, window = prompt.device, min(prompt.size(1) + config.new_tokens, model.window)
-    lengths = [prompt.size(1) + int((k + 0.5) * (window - prompt.size(1)) / 16) for k in range(16)]
-    context = torch.randint(model.config.vocab_size, (config.batch_size, window), device=device)
-    list(generate(model, prompt, 1, mode="naive"))      # warm up: allocations, kernel choice
-    return config.new_tokens / 16 * sum(
-        seconds(lambda: list(generate(model, context[:, :length], 1, mode="naive")), device, 1) for length in lengths)
+    """Seconds to generate new_tokens naively. A pass depends on the context's length alone and changes
+    little from one to the next, so 16 lengths, spread evenly over the window, stand for all: an LSTM's 248
+    passes take minutes. Off the CPU the first pass of a length chooses kernels, and is not timed."""
+    start, window = prompt.size(1), min(prompt.size(1) + config.new_tokens, model.window)
+    context, total = torch.randint(model.config.vocab_size, (len(prompt), window), device=prompt.device), 0.0
+    list(generate(model, prompt, 1, mode="naive"))
+    for k in range(16):
+        idx = context[:, :start + int((k + 0.5) * (window - start) / 16)]
+        if not idx.is_cpu:
+            list(generate(model, idx, 1, mode="naive"))
+        total += seconds(lambda: list(generate(model, idx, 1, mode="naive")), idx.device, 1)
+    return total * config.new_tokens / 16
 
 
 def cached_seconds(model, prompt, config, mode):
@@ -109,216 +129,181 @@ def cached_seconds(model, prompt, config, mode):
     return statistics.median(times[1:])                 # the first warms up
 
 
-def bench_generation(name, device, config):
-    """One row per mode and dtype, as in bench.json."""
-    model_class, config_class, _ = MODELS[name]
-    torch.manual_seed(0)
-    model = model_class(config_class()).to(device).eval()
-    prompt = torch.randint(model.config.vocab_size, (config.batch_size, PROMPT_TOKENS), device=device)
-    bandwidth, n_weights, rows = read_bandwidth(device), weights_per_token(model), []
-    fast = choose_dtype("auto", device, training=False)[0]
-    best = ("graph", fast) if device.type == "cuda" else ("cached", torch.int8)
-    for mode, dtype in dict.fromkeys([("naive", torch.float32), ("cached", torch.float32), ("cached", fast), best]):
-        to_dtype(model, dtype)
-        if mode == "naive":
-            steps = config.new_tokens / naive_seconds(model, prompt, config)
-        else:
-            steps = (config.new_tokens - 1) / cached_seconds(model, prompt, config, mode)
-        speed = steps * config.batch_size
-        rows.append({"model": name, "device": device.type, "mode": mode, "dtype": str(dtype).removeprefix("torch."),
-                     "tokens_per_second": round(speed, 2),
-                     "ratio_to_naive": round(speed / rows[0]["tokens_per_second"], 2) if rows else 1.0,
-                     "bandwidth_share": round(steps * n_weights * dtype.itemsize / bandwidth, 3)})
-        row = rows[-1]
-        print(f"{name:<6}{device.type:<6}{mode:<8}{row['dtype']:<10}{speed:>9.1f} tokens/s"
-              f"{row['ratio_to_naive']:>8.1f} x naive{row['bandwidth_share']:>8.0%} of {bandwidth / 1e9:.0f} GB/s", flush=True)
-    return rows
+# ----------------------------------------------------------------------------------------------------
+# Training
+
+def bench_training(name, device, config):
+    """Yield one row per change, from the report's recipe to the tuned one, as in bench.json."""
+    first, vocab = None, MODELS[name][1]().vocab_size
+    for label, model_class, changes, dtype, recipe, compile in training_changes(name, device):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        torch.manual_seed(0)
+        model = model_class(MODELS[name][1](**changes)).to(device)
+        settings = data.configure(TrainConfig, RECIPES[recipe], {
+            "model": name, "batch_size": config.batch_size, "compile": str(compile), "max_minutes": 1e9,
+            "dtype": str(dtype).removeprefix("torch.")})
+        n_tokens = config.batch_size * model.config.block_size + 1
+        tokens = np.random.default_rng(0).integers(vocab, size=n_tokens)
+        trainer = Trainer(settings, model, {"train": tokens})
+        trainer.train_step()                            # warm up: compilation, allocations, the moments
+        repeats = config.repeats if device.type == "cpu" else max(10, config.repeats)
+        speed = trainer.tokens_per_step / seconds(trainer.train_step, device, repeats)
+        first = first or speed
+        row = {"model": name, "device": device.type, "change": label, "dtype": settings.dtype,
+               "batch_size": config.batch_size, "tokens_per_second": round(speed, 1),
+               "ratio": round(speed / first, 2), "tflops": round(speed * model.flops_per_token() / 1e12, 3)}
+        yield {**row, "peak_memory_gb": peak_memory_gb(device)} if device.type == "cuda" else row
 
 
-class TorchLSTM(LSTM):
-    """The same language model on PyTorch's own nn.LSTM, without skips: what the report's RNN most likely was."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.blocks = nn.LSTM(config.n_embd, config.n_hidden, config.n_layer)
-
-    def _hidden(self, idx, state):
-        return self.blocks(self.wte(idx.t()))[0], None, None
-
-
-def training_rows(name, device):
-    """What to time, from the report's recipe to the tuned one: (label, model class, changes to its config, dtype, recipe of
-    the optimizer, compiled)."""
-    fast, cuda = choose_dtype("auto", device)[0], device.type == "cuda"
+def training_changes(name, device):
+    """-> [(label, model class, changes to its config, dtype, recipe, compile)]"""
+    exact, fast, cuda = torch.float32, choose_dtype("auto", device)[0], device.type == "cuda"
     if name == "gpt":
-        rows = [("report: float32, attention by hand", GPT, {"fused_attention": False}, torch.float32, "report", False),
-                ("mixed precision", GPT, {"fused_attention": False}, fast, "report", False),
+        manual = {"fused_attention": False}
+        return [("report: float32, attention by hand", GPT, manual, exact, "report", False),
+                ("mixed precision", GPT, manual, fast, "report", False),
                 ("fused attention", GPT, {}, fast, "report", False),
-                ("fused AdamW", GPT, {}, fast, "tuned", False)]
-        return rows + [("torch.compile", GPT, {}, fast, "tuned", True)] * cuda
+                ("fused AdamW", GPT, {}, fast, "tuned", False),
+                *[("torch.compile", GPT, {}, fast, "tuned", True)] * cuda]
+    # under autocast CUDA runs nn.LSTM in float16, whatever is asked for
+    mixed = "nn.LSTM, float16 by autocast" if cuda else "nn.LSTM, mixed precision"
     plain = {"residual": False, "cudnn": False}
-    return [("report: nn.LSTM, float32", TorchLSTM, {}, torch.float32, "report", False),
-            ("nn.LSTM, mixed precision", TorchLSTM, {}, fast, "report", False),
-            ("by hand, float32", LSTM, plain, torch.float32, "report", False),
+    return [("report: nn.LSTM, float32", TorchLSTM, {}, exact, "report", False),
+            (mixed, TorchLSTM, {}, fast, "report", False),
+            ("by hand, float32", LSTM, plain, exact, "report", False),
             ("by hand, mixed precision", LSTM, plain, fast, "report", False),
             *[("cuDNN on the same weights", LSTM, {"residual": False}, fast, "report", False)] * cuda,
             ("fused AdamW, skips", LSTM, {}, fast, "tuned", False)]
 
 
-def training_speed(model, dtype, recipe, compiled, device, config):
-    """Tokens per second of a training step: forward, backward, clipping where the recipe has it, optimizer."""
-    settings = data.configure(TrainConfig, RECIPES[recipe])
-    optimizer, stepped = make_optimizer(model, settings), torch.compile(model) if compiled else model
-    idx = torch.randint(model.config.vocab_size, (config.batch_size, model.config.block_size + 1), device=device)
+class TorchLSTM(LSTM):
+    """The same language model on PyTorch's own nn.LSTM, without skips: what the report's RNN most likely
+    was."""
 
-    def step():
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = stepped(idx[:, :-1], idx[:, 1:])[1]
-        loss.backward()
-        if settings.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def __init__(self, config):
+        super().__init__(config)
+        self.blocks = nn.LSTM(config.n_embd, config.n_hidden, config.n_layer)
 
-    step()                                              # warm up: compilation, allocations, the optimizer's moments
-    return config.batch_size * model.config.block_size / seconds(step, device, config.repeats)
+    def _hidden(self, idx, state, recurrence):
+        return self.blocks(self.wte(idx.t()))[0], None, None
 
 
-def forget_peak_memory(device):
-    """Let peak_memory_gb begin anew, for the next row: on CUDA and Linux; elsewhere it stays the highest so far."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
+# ----------------------------------------------------------------------------------------------------
+# Comparing runs
+
+def compare(out_dir):
+    """For each dataset a table (Markdown) of the finished runs in and below out_dir, and comparison.png:
+    their validation losses, and the test loss by position. Raises UserError for a run of an older version."""
+    runs = {}       # dataset -> [results of a run, with its folder and metrics]
+    for path in sorted(out_dir.rglob("results.json")):
+        if "previous" in path.relative_to(out_dir).parts:       # set aside by train.py
+            continue
         try:
-            ctypes.CDLL(None).malloc_trim(0)                    # what keep_freed_memory has kept
-            Path("/proc/self/clear_refs").write_text("5")       # the peak := what is held now
-        except (AttributeError, OSError):
-            pass
+            run = json.loads(path.read_text(encoding="utf-8"))
+            lines = (path.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            run["metrics"] = [json.loads(line) for line in lines]
+            run["folder"] = path.parent.relative_to(out_dir)
+            if "test_loss_by_position" not in run:
+                raise ValueError("no test_loss_by_position")
+            runs.setdefault(run["config"]["dataset"], []).append(run)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path.parent} is damaged or of an older version ({error}): move it away")
+    if not runs:
+        raise UserError(f"no finished run in or below {out_dir}: run `python train.py` first")
+    with picture(out_dir / "comparison.png", 3, 21, 7 * len(runs), len(runs)) as rows:
+        for (dataset, of_dataset), panels in zip(runs.items(), rows):
+            compare_table(dataset, of_dataset)
+            compare_curves(dataset, of_dataset, panels)
+    print(f"written: {out_dir / 'comparison.png'}")
 
 
-def bench_training(name, device, config):
-    """One row per change, as in bench.json; the ratio is to the first."""
-    rows, (model_class, config_class, _) = [], MODELS[name]
-    with torch.device("meta"):
-        flops = model_class(config_class()).flops_per_token()
-    for label, model_class, changes, dtype, recipe, compiled in training_rows(name, device):
-        torch.manual_seed(0)
-        set_matmul_precision(dtype)
-        forget_peak_memory(device)
-        speed = training_speed(model_class(config_class(**changes)).to(device), dtype, recipe, compiled, device, config)
-        rows.append({"model": name, "device": device.type, "change": label, "dtype": str(dtype).removeprefix("torch."),
-                     "batch_size": config.batch_size, "tokens_per_second": round(speed, 1),
-                     "ratio": round(speed / rows[0]["tokens_per_second"], 2) if rows else 1.0,
-                     "tflops": round(speed * flops / 1e12, 3), "peak_memory_gb": peak_memory_gb(device)})
-        row = rows[-1]
-        print(f"{name:<6}{device.type:<6}{label:<36}{row['dtype']:<10}{speed:>11,.0f} tokens/s{row['ratio']:>7.2f}x"
-              f"{row['tflops']:>8.2f} TFLOP/s{row['peak_memory_gb']:>7.1f} GB", flush=True)
-    return rows
+def curve(run, key):
+    return [row[key] for row in run["metrics"]]
+
+
+def compare_table(dataset, runs):
+    """Equal tokens and equal minutes are those of the run that has fewest."""
+    tokens, minutes = (min(run["metrics"][-1][key] for run in runs) for key in ("tokens_seen", "minutes"))
+    print(f"\n| {dataset} | tokens | tokens/s | peak GB | val loss at {tokens:,} tokens "
+          f"| at {minutes:.1f} minutes | best val | test |\n|---|---|---|---|---|---|---|---|")
+    for run in runs:
+        at_tokens = np.interp(tokens, curve(run, "tokens_seen"), curve(run, "val_loss"))
+        at_minutes = np.interp(minutes, curve(run, "minutes"), curve(run, "val_loss"))
+        print("| {folder} | {tokens_seen:,} | {tokens_per_second:,.0f} | {peak_memory_gb} ".format(**run) +
+              f"| {at_tokens:.3f} | {at_minutes:.3f} | {run['val_loss']:.3f} | {run['test_loss']:.3f} |")
+
+
+def compare_curves(dataset, runs, panels):
+    """Panels: the Transformers' curves, the LSTMs', and the loss by position of the runs right in out_dir."""
+    for run in runs:
+        million = [tokens / 1e6 for tokens in curve(run, "tokens_seen")]
+        panel = panels[list(MODELS).index(run["config"]["model"])]
+        panel.plot(million, curve(run, "val_loss"), label=run["folder"].name)
+        if len(run["folder"].parts) == 1:           # not the ablation, a folder deeper
+            by_position = run["test_loss_by_position"]
+            ends = [0] + [2 ** k for k in range(20) if 2 ** k < len(by_position)] + [len(by_position)]
+            means = [np.mean(by_position[a:b]) for a, b in zip(ends, ends[1:])]
+            panels[2].semilogx(ends[1:], means, "o-", label=f"{run['folder'].name}, means up to the mark")
+    for panel, title in zip(panels, (*MODELS, "by position")):
+        panel.set(title=f"{title}, {dataset}", xlabel="million tokens seen", ylabel="validation loss, nats")
+        if panel.lines:
+            panel.legend()
+    panels[2].set(xlabel="position in the context", ylabel="test loss, nats")
+
+
+# ----------------------------------------------------------------------------------------------------
+
+def show(row):
+    """A row of bench.json as a line."""
+    what = f"{row['model']:<6}{row['device']:<6}{row.get('change') or row['mode']:<36}{row['dtype']:<10}"
+    line = f"{what}{row['tokens_per_second']:>11,.1f} tokens/s{row['ratio']:>7.2f}x"
+    if "tflops" in row:
+        memory = f"{row['peak_memory_gb']:>7.1f} GB" if "peak_memory_gb" in row else ""
+        return f"{line}{row['tflops']:>8.2f} TFLOP/s{memory}"
+    return f"{line}{row['bandwidth_share']:>8.0%} of {row['bandwidth_gb_per_second']:.0f} GB/s"
 
 
 def plot_bars(rows, path, title):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    labels = [f"{r['model']} {r['device']}\n{r['change'] if 'change' in r else r['mode'] + ' ' + r['dtype']}" for r in rows]
-    figure, panel = plt.subplots(figsize=(10, 1 + 0.6 * len(rows)), layout="constrained")
-    colors = [{"naive": "tab:gray", "graph": "tab:green"}.get(r.get("mode"), "tab:blue") for r in rows]
-    bars = panel.barh(labels, [r["tokens_per_second"] for r in rows], color=colors)
-    labels = [f"{r['tokens_per_second']:,.1f} ({r.get('ratio_to_naive', r.get('ratio')):.1f}x)" for r in rows]
-    panel.bar_label(bars, labels, padding=4, fontsize=12)
-    panel.invert_yaxis()
-    panel.margins(x=0.2)
-    panel.tick_params(labelsize=12)
-    panel.set_xlabel("tokens/s", fontsize=13)
-    panel.set_title(title, fontsize=13)
-    write_whole(path, lambda p: figure.savefig(p, dpi=100, format="png"))
-    plt.close(figure)
-
-
-def compare(out_dir):
-    """A table (Markdown) of the finished runs in and below out_dir, and out_dir/comparison.png: their validation losses, and
-    the test loss at each position of the context. Equal tokens and equal minutes are those of the run that has fewest."""
-    runs = []       # (results, curve, test loss by position, folder)
-    for path in sorted(p for p in out_dir.rglob("results.json") if p.parent.name != "previous"):    # set aside by train.py
-        try:
-            metrics = [json.loads(line) for line in (path.parent / "metrics.jsonl").open()]
-            curve = {k: [m[k] for m in metrics] for k in ("tokens_seen", "minutes", "val_loss")}
-            by_position = json.loads((path.parent / "test_loss_by_position.json").read_text())
-            results = json.loads(path.read_text())
-            results = {k: results[k] for k in ("config", "tokens_seen", "tokens_per_second", "peak_memory_gb", "val_loss",
-                                               "test_loss")}
-            runs.append((results, curve, by_position, path.parent))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path.parent} is damaged or of an older version ({error}): move it away") from None
-    if not runs:
-        raise UserError(f"no finished run in or below {out_dir}: run `python train.py` first")
-    if len({r["config"]["dataset"] for r, *_ in runs}) > 1:
-        raise UserError(f"the runs in and below {out_dir} are on different datasets: their losses cannot be compared")
-    tokens, minutes = (min(curve[k][-1] for _, curve, *_ in runs) for k in ("tokens_seen", "minutes"))
-    print(f"| run | tokens | tokens/s | peak GB | val loss at {tokens:,} tokens | at {minutes:.1f} minutes | best val | test |")
-    print("|---|---|---|---|---|---|---|---|")
-
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, 3, figsize=(21, 7), layout="constrained")
-    for name, panel in zip(MODELS, panels):
-        for r, curve, by_position, folder in (run for run in runs if run[0]["config"]["model"] == name):
-            at_tokens, at_minutes = (np.interp(x, curve[k], curve["val_loss"])
-                                     for x, k in ((tokens, "tokens_seen"), (minutes, "minutes")))
-            print(f"| {folder.relative_to(out_dir)} | {r['tokens_seen']:,} | {r['tokens_per_second']:,.0f} | {r['peak_memory_gb']} "
-                  f"| {at_tokens:.3f} | {at_minutes:.3f} | {r['val_loss']:.3f} | {r['test_loss']:.3f} |")
-            panel.plot([n / 1e6 for n in curve["tokens_seen"]], curve["val_loss"], label=folder.name, linewidth=2.5)
-            if folder.parent == out_dir:        # not the ablation, a folder deeper
-                ends = [0] + [2 ** k for k in range(20) if 2 ** k < len(by_position)] + [len(by_position)]
-                mean, = panels[2].semilogx(ends[1:], [np.mean(by_position[a:b]) for a, b in zip(ends, ends[1:])], "o-",
-                                           label=folder.name + ", means up to the mark", linewidth=2.5)
-                panels[2].semilogx(range(1, len(by_position) + 1), by_position, alpha=0.25, color=mean.get_color())
-        panel.set_title(name, fontsize=18)
-        panel.set_xlabel("million tokens seen", fontsize=16)
-        panel.set_ylabel("validation loss, nats per token", fontsize=16)
-    panels[2].set_title("by position", fontsize=18)
-    panels[2].set_xlabel("position in the context", fontsize=16)
-    panels[2].set_ylabel("test loss, nats per token", fontsize=16)
-    for panel in panels:
-        panel.tick_params(labelsize=14)
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=15)
-    write_whole(out_dir / "comparison.png", lambda p: figure.savefig(p, dpi=80, format="png"))
-    plt.close(figure)
-    print(f"written: {out_dir / 'comparison.png'}")
+    with picture(path, 1, 10, 1 + 0.6 * len(rows)) as ((panel,),):
+        labels = [f"{r['model']} {r['device']}\n{r.get('change') or r['mode']}, {r['dtype']}" for r in rows]
+        colors = [{"gpt": "tab:blue", "lstm": "tab:orange"}[r["model"]] for r in rows]
+        bars = panel.barh(labels, [r["tokens_per_second"] for r in rows], color=colors)
+        panel.bar_label(bars, [f"{r['tokens_per_second']:,.1f} ({r['ratio']:.1f}x)" for r in rows], padding=4)
+        panel.invert_yaxis()
+        panel.margins(x=0.2)
+        panel.set(xlabel="tokens/s", title=title)
 
 
 def main(argv):
     config = data.configure(BenchConfig, data.parse_args(argv, __doc__, BenchConfig))
+    out_dir = Path(config.out_dir)
     if config.compare:
-        return compare(Path(config.out_dir))
+        return compare(out_dir)
     config.batch_size = config.batch_size or (32 if config.train else 1)
     devices = [choose_device(d) for d in (devices_present() if config.device == "all" else [config.device])]
-    out_dir = Path(config.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    keep_freed_memory()
     machine = "; ".join(device_name(d) for d in devices) + f"; torch {torch.__version__}"
-    kind, bench, picture = ("training", bench_training, "bench_training.png") if config.train else \
-                           ("generation", bench_generation, "bench.png")
+    kind, bench, chart = ("training", bench_training, "bench_training.png") if config.train else \
+                         ("generation", bench_generation, "bench.png")
     what = f"{kind} at batch {config.batch_size}"
-    print(f"{machine}; {what}" + ("" if config.train else f", prompt {PROMPT_TOKENS}, {config.new_tokens} new tokens"))
-    rows = []
-    for name in MODELS if config.model == "all" else [config.model]:
-        for device in devices:
-            rows += bench(name, device, config)
-    print(REPORT[kind])
+    print(f"{machine}; {what}" + ("" if config.train else f", {PROMPT_TOKENS} + {config.new_tokens} tokens"))
     path, report = out_dir / "bench.json", {"machine": machine, "generation": [], "training": []}
     try:                    # the other kind's rows are kept, if they are of this machine
         before = json.loads(path.read_text(encoding="utf-8"))
         report = before if before["machine"] == machine else report
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    report[kind] = rows
-    write_whole(path, lambda p: p.write_text(json.dumps(report, indent=1), encoding="utf-8"))
-    plot_bars(rows, out_dir / picture, f"{what.capitalize()}, {machine}")
-    print(f"written: {path}, {out_dir / picture}")
+    report[kind] = []
+    for name in MODELS if config.model == "all" else [config.model]:
+        for device in devices:
+            for row in bench(name, device, config):
+                report[kind].append(row)
+                print(show(row), flush=True)
+                write_json(path, report)        # each as it is measured: an error later on loses nothing
+    print(REPORT[kind])
+    plot_bars(report[kind], out_dir / chart, f"{what.capitalize()}\n{machine}")
+    print(f"written: {path}, {out_dir / chart}")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,16 @@
 
     python sample.py --temperature=1.0                          # the newest checkpoint
     python sample.py --model=lstm --prompt="Dawno temu" --num_samples=3
-    python sample.py --grid=True            # all prompts x temperatures 0.5, 1.0, 1.5 -> a JSON file in out_dir
+    python sample.py --grid=True            # all prompts x temperatures 0.5, 1.0, 1.5 -> a JSON file
     python sample.py --help
 
-Owns the generation loop, which bench.py times as it is.
+Owns the generation loop, which bench.py times as it is. Reads out_dir alone, never data/.
 """
-import json
 import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,47 +21,150 @@ import torch.nn.functional as F
 
 import data
 from data import UserError
-from train import MODELS, build_model, choose_device, choose_dtype, device_name, keep_freed_memory, load_checkpoint, \
-    write_whole
+from train import MODELS, build_model, choose_device, choose_dtype, device_name, load_checkpoint, \
+    set_matmul_precision, write_json
 
 GRID_TEMPERATURES = (0.5, 1.0, 1.5)
-GRID_PROMPTS = ("Polska to piękny kraj.", "Dawno temu", "Miasto leży nad rzeką", "W 1920 roku", "Najważniejszym dziełem")
+GRID_PROMPTS = ("Polska to piękny kraj.", "Dawno temu", "Miasto leży nad rzeką", "W 1920 roku",
+                "Najważniejszym dziełem")
 
 
 @dataclass
 class SampleConfig:
+    """What to generate."""
     model: Literal["auto", "gpt", "lstm"] = "auto"  # auto: the one with the newest checkpoint
     out_dir: str = ""               # folder of ckpt.pt; empty: outputs/transformer or outputs/rnn
     prompt: str = "Polska to piękny kraj."  # text to continue
-    temperature: float = 1.0        # logits are divided by it: below 1 safer, above 1 wilder; 0: always the likeliest
+    temperature: float = 1.0        # divides the logits: below 1 safer, above wilder; 0: always the likeliest
     top_k: int = 0                  # draw among the k likeliest tokens only; 0: all
-    top_p: float = 1.0              # draw among the likeliest tokens that together have this probability; 1: all
+    top_p: float = 1.0              # draw among the likeliest that together have this probability; 1: all
     max_new_tokens: int = 200       # tokens to generate, fewer where the text ends with </s>
     num_samples: int = 1            # continuations, generated as one batch
     seed: int = 1337                # the same seed gives the same text
     grid: bool = False              # all prompts at all temperatures, written to a JSON file
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"   # of the weights; int8: cpu and mps
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"   # of the weights
 
     def __post_init__(self):
-        for key in ("max_new_tokens", "num_samples"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1")
+        if not (1 <= self.max_new_tokens <= 10 ** 6 and 1 <= self.num_samples <= 10 ** 6):
+            raise ValueError("max_new_tokens and num_samples must be 1 to a million")
         if not 0 < self.top_p <= 1:
             raise ValueError("top_p must be above 0 and at most 1")
-        if max(self.max_new_tokens, self.num_samples) > 10 ** 6:
-            raise ValueError("max_new_tokens and num_samples must be at most a million")
-        self.prompt = self.prompt.encode("utf-8", "replace").decode()      # a terminal can pass half a character
+        self.prompt = self.prompt.encode("utf-8", "replace").decode()   # it can hold half a character
         if not self.prompt.strip():
             raise ValueError("the prompt is empty: give a word to begin with, --prompt='Dawno temu'")
 
 
+@torch.inference_mode()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, mode=None):
+    """Continue idx (B, T): yield the next ids (B,), max_new_tokens times. The model is in eval mode.
+
+    mode: "naive" computes the whole window anew for every token, as the report and nanoGPT do; "cached"
+    feeds only the newest token to model.step, which keeps what it needs of the past; "graph" is that in one
+    launch per token, on CUDA. None: the fastest here. The tokens are the same. generator, a CPU one, decides
+    all draws.
+    """
+    (B, T), device = idx.shape, idx.device
+    mode = mode or ("graph" if device.type == "cuda" else "cached")
+    tokens = torch.empty(B, T + max_new_tokens, dtype=torch.int64, device=device)
+    tokens[:, :T] = idx
+    uniforms = torch.rand(max_new_tokens, B, 1, generator=generator).to(device)
+    newest, uniform = tokens[:, :1].clone(), uniforms[0].clone()       # what a decode reads, at a fixed place
+    state = None if mode == "naive" else model.init_state(B)
+
+    def draw(logits):
+        newest.copy_(pick(logits, temperature, top_k, top_p, uniform)[:, None])
+
+    def decode():
+        draw(model.step(newest, state)[0])
+
+    if mode == "graph":
+        decode = capture(decode)        # which runs it: the state is no longer empty
+    first, refill = 0, True             # the window is tokens[:, first:t]; refill: the state must read it all
+    for t in range(T, T + max_new_tokens):
+        uniform.copy_(uniforms[t - T])
+        if t - first > model.window:
+            # The GPT's positions are used up. Sliding the window by one would change the position of every
+            # token in it, so the whole cache would have to be computed again for each new token. Keeping the
+            # newest half costs one such pass every block_size / 2 tokens. The LSTM never comes here.
+            first, refill = t - max(1, model.window // 2), True
+        if mode == "naive":
+            draw(model(tokens[:, first:t])[0][:, -1])
+        elif refill:
+            for part in state:
+                part.zero_()            # empties it
+            draw(model.step(tokens[:, first:t], state)[0])
+        else:
+            with matvec_kernels(device, B):
+                decode()
+        refill = False
+        tokens[:, t] = newest[:, 0]
+        yield tokens[:, t]
+
+
+def pick(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
+    """Draw the next token: logits (B, V) -> ids (B,). uniform (B, 1) in [0, 1) decides the draw; None: a new
+    one. Never forces a host sync."""
+    if temperature < 1e-4:      # 0, and what would overflow the division: greedy
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    # CUDA sums a long row in no fixed order: in float64 what differs decides no draw (MPS has no float64)
+    exact = torch.float64 if logits.is_cuda else torch.float32
+    if top_k:
+        weakest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < weakest, float("-inf"))
+    if top_p < 1:       # nucleus sampling (Holtzman et al. 2020): drop tokens that come after a mass of top_p
+        ordered, order = logits.sort(dim=-1, descending=True)
+        p = ordered.softmax(dim=-1)
+        ordered = ordered.masked_fill(p.cumsum(dim=-1, dtype=exact) - p >= top_p, float("-inf"))
+        logits = torch.empty_like(logits).scatter_(-1, order, ordered)
+    # Lay the probabilities end to end on a line: a uniform point on it falls on token i with probability p_i.
+    # One draw, where torch.multinomial needs one for each of the 32,000 and looks at p on the host.
+    line = logits.softmax(dim=-1).cumsum(dim=-1, dtype=exact)
+    if uniform is None:
+        uniform = torch.rand(len(logits), 1, device=logits.device)
+    drawn = torch.searchsorted(line, uniform * line[:, -1:], right=True).squeeze(1)
+    return drawn.clamp(max=logits.size(-1) - 1)         # rounding can lead beyond the line's end
+
+
+@contextmanager
+def matvec_kernels(device, batch_size):
+    """On a CPU a row times a bfloat16 matrix is faster without oneDNN, which prepares for many rows."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and not (device.type == "cpu" and batch_size == 1)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
+def capture(function):
+    """function() as a CUDA graph, all its kernels in one launch -> a callable that runs it again on the same
+    memory.
+
+    At batch 1 a kernel takes about as long as the CPU takes to launch it, so launches set the pace. function
+    must read and write tensors that stay where they are, and never look at a value on the host.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):       # libraries allocate at their first call, which a capture must not see
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+# ----------------------------------------------------------------------------------------------------
+# int8 weights
+
 class Int8Weight:
     """Stands in a model where a float matrix w (N, K) stood: F.linear then multiplies by 8-bit integers.
 
-    Each output channel n has one scale, s_n = max |w_n| / 127, and the integers round(w_n / s_n): half the bytes of
-    bfloat16. A CPU's fast kernel multiplies integers by integers, so there the activations, in float32, are rounded
-    too, by the range of each call (Jacob et al. 2018); on MPS they stay as they are.
+    Each output channel n has one scale, s_n = max |w_n| / 127, and the integers round(w_n / s_n): half the
+    bytes of bfloat16. A CPU's fast kernel multiplies integers by integers, so there the activations, in
+    float32, are rounded too, by the range of each call (Jacob et al. 2018); on MPS they stay as they are.
     PyTorch hands F.linear to any argument that has __torch_function__, so the models need not know.
     """
 
@@ -83,8 +185,8 @@ class Int8Weight:
         if self.round_activations:      # reduce_range: 7 bits for x; 8 overflow where a CPU lacks VNNI
             y = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
         else:
-            rows = x.flatten(0, -2).contiguous()
-            y = torch._weight_int8pack_mm(rows, self.packed, self.scale.to(x.dtype)).unflatten(0, x.shape[:-1])
+            rows, scale = x.flatten(0, -2).contiguous(), self.scale.to(x.dtype)
+            y = torch._weight_int8pack_mm(rows, self.packed, scale).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias
 
     @classmethod
@@ -96,117 +198,28 @@ class Int8Weight:
 
 
 def to_dtype(model, dtype):
-    """model for generation, its weights in dtype. torch.int8: the matrices but the embeddings, of which a token reads a
-    single row, become Int8Weights, for good."""
+    """model for generation, its weights in dtype. torch.int8: the matrices become Int8Weights, for good; not
+    the embeddings, of which a token reads a single row."""
+    set_matmul_precision(dtype)
     if dtype != torch.int8:
         return model.to(dtype)
     on_cpu = next(model.parameters()).device.type == "cpu"
     model.to(torch.float32 if on_cpu else torch.float16)
     for module in model.modules():
         for name, w in list(module.named_parameters(recurse=False)):
-            # the MPS kernel works on tiles of 32 x 32: what does not divide stays in float16
-            if w.dim() == 2 and not isinstance(module, nn.Embedding) and (on_cpu or not (w.size(0) % 32 or w.size(1) % 32)):
+            tiles = on_cpu or not (w.size(0) % 32 or w.size(-1) % 32)   # MPS's kernel takes tiles of 32 x 32
+            if w.dim() == 2 and not isinstance(module, nn.Embedding) and tiles:
                 delattr(module, name)
                 setattr(module, name, Int8Weight(w, round_activations=on_cpu))
     return model
 
 
-def pick(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
-    """Draw the next token: logits (B, V) -> ids (B,). uniform (B, 1) in [0, 1) decides the draw; None: a new one.
-    Never waits for the device."""
-    if temperature < 1e-4:      # 0, and what would overflow the division: greedy
-        return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if top_k:
-        weakest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < weakest, float("-inf"))
-    if top_p < 1:       # nucleus sampling (Holtzman et al. 2020): drop tokens that come after a mass of top_p
-        ordered, order = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(dim=-1)
-        ordered = ordered.masked_fill(p.cumsum(dim=-1) - p >= top_p, float("-inf"))
-        logits = torch.empty_like(logits).scatter_(-1, order, ordered)
-    # Lay the probabilities end to end on a line: a uniform point on it falls on token i with probability p_i. One draw,
-    # where torch.multinomial needs one for each of the 32,000 and stops to look at p on the host.
-    line = logits.softmax(dim=-1).cumsum(dim=-1)
-    if uniform is None:
-        uniform = torch.rand(len(logits), 1, device=logits.device)
-    drawn = torch.searchsorted(line, uniform * line[:, -1:], right=True).squeeze(1)
-    return drawn.clamp(max=logits.size(-1) - 1)         # rounding can lead beyond the line's end
-
-
-@contextmanager
-def matvec_kernels(device, batch_size):
-    """On a CPU a single row times a bfloat16 matrix is twice as fast without oneDNN, which prepares for many rows."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and not (device.type == "cpu" and batch_size == 1)
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
-
-
-def capture(function):
-    """function() as a CUDA graph: all its kernels in one launch -> a callable that runs it again on the same memory.
-
-    At batch 1 a kernel takes about as long as the CPU takes to launch it, so launches would rule. function must read
-    and write tensors that stay where they are, and never look at a value on the host.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):       # libraries allocate at their first call, which a capture must not see
-        function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
-@torch.inference_mode()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, mode=None):
-    """Continue idx (B, T): yield the next ids (B,), max_new_tokens times. A model in eval mode is assumed.
-
-    mode: "naive" computes the whole window anew for every token, as the report and nanoGPT do; "cached" feeds only the
-    newest token to model.step, which keeps what it needs of the past; "graph" is that in one launch per token, on CUDA.
-    None: the fastest here. The tokens are the same. generator, a CPU one, decides all draws beforehand.
-    """
-    (B, T), device = idx.shape, idx.device
-    mode = mode or ("graph" if device.type == "cuda" else "cached")
-    tokens = torch.empty(B, T + max_new_tokens, dtype=torch.int64, device=device)
-    tokens[:, :T] = idx
-    uniforms = torch.rand(max_new_tokens, B, 1, generator=generator).to(device)
-    newest, uniform = tokens[:, :1].clone(), uniforms[0].clone()       # what a decode step reads, at a fixed place
-    state = None if mode == "naive" else model.init_state(B)
-
-    def decode():
-        newest.copy_(pick(model.step(newest, state)[0], temperature, top_k, top_p, uniform)[:, None])
-
-    step = capture(decode) if mode == "graph" else decode
-    first = seen = 0                            # before each step the state holds tokens[:, first:seen]
-    for t in range(T, T + max_new_tokens):
-        uniform.copy_(uniforms[t - T])
-        if t - first > model.window:
-            # The GPT's positions are used up. Sliding the window by one would change the position of every
-            # token in it, so the whole cache would have to be computed again for each new token. Keeping the
-            # newest half costs one such pass every block_size / 2 tokens. The LSTM never comes here.
-            first = seen = t - max(1, model.window // 2)
-        if mode == "naive":
-            newest.copy_(pick(model(tokens[:, first:t])[0][:, -1], temperature, top_k, top_p, uniform)[:, None])
-        elif seen == first:                     # a prompt, or what is left of the window: all at once into an empty state
-            for part in state:
-                part.zero_()
-            newest.copy_(pick(model.step(tokens[:, first:t], state)[0], temperature, top_k, top_p, uniform)[:, None])
-        else:
-            with matvec_kernels(device, B):
-                step()
-        seen = t
-        tokens[:, t] = newest[:, 0]
-        yield tokens[:, t]
-
+# ----------------------------------------------------------------------------------------------------
+# Text
 
 class TextStream:
-    """Token ids, one at a time -> the pieces of text they add. A character may span several tokens (byte fallback):
-    it is held back until it is whole."""
+    """Token ids, one at a time -> the pieces of text they add. A character may span several tokens (byte
+    fallback): it is held back until it is whole."""
 
     def __init__(self, tok, ids):
         self.tok, self.ids = tok, list(ids)
@@ -231,16 +244,13 @@ class TextStream:
         return piece
 
 
-def continue_prompt(model, tok, ids, config, device, on_token=None):
-    """Generate config.num_samples continuations of the prompt ids as one batch.
-
-    Returns a list of token id lists, each the prompt and its continuation up to </s>, and tokens per second over all
-    of them, from the first token on. on_token(id) is called for each token of a single sample as it comes.
-    """
-    idx = torch.tensor([ids] * config.num_samples, device=device)
-    generator = torch.Generator().manual_seed(config.seed)
-    rows = []
-    for next_ids in generate(model, idx, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
+def continue_prompt(model, tok, ids, config, temperature, on_token=None):
+    """Generate config.num_samples continuations of the prompt ids as one batch -> a list of token id lists,
+    each the prompt and its continuation up to </s>, and tokens/s over all of them, from the first token on.
+    on_token(id) is called for each token of a single sample as it comes."""
+    idx = torch.tensor([ids] * config.num_samples, device=next(model.parameters()).device)
+    generator, rows = torch.Generator().manual_seed(config.seed), []
+    for next_ids in generate(model, idx, config.max_new_tokens, temperature, config.top_k, config.top_p,
                              generator):
         rows.append(next_ids)
         if len(rows) == 1:
@@ -259,78 +269,70 @@ def continue_prompt(model, tok, ids, config, device, on_token=None):
 
 
 def encode_prompt(tok, prompt, config):
-    """<s> and the prompt as ids, the newest block_size of them: neither model was trained on more. config: the model's."""
+    """<s> and the prompt as ids, the newest block_size of them: neither model was trained on more. config:
+    the model's. Raises UserError for an id that the model does not know."""
     ids = [tok.bos_token_id, *data.encode(tok, [prompt])[0]]
     if max(ids) >= config.vocab_size:
-        raise UserError("the tokenizer beside the dataset has more entries than the model: prepare the dataset again")
+        raise UserError("the tokenizer in the run's folder has more entries than its model: it is another's")
     if len(ids) > config.block_size:
-        print(f"the prompt is {len(ids)} tokens long: the newest {config.block_size}, the models' context, are kept",
+        print(f"the prompt is {len(ids)} tokens long: the newest {config.block_size}, a context, are kept",
               file=sys.stderr)
     return ids[-config.block_size:]
 
 
-def open_run(config):
-    """-> the checkpoint that config means, its folder, and the tokenizer it was trained with. Raises UserError."""
+def find_run(config):
+    """-> the folder of the run that config means, and its checkpoint. Raises UserError."""
     models = MODELS if config.model == "auto" else [config.model]
     folders = [Path(config.out_dir or MODELS[m][2]) for m in models]
     out_dir = max(folders, key=lambda f: (f / "ckpt.pt").stat().st_mtime if (f / "ckpt.pt").is_file() else 0)
     checkpoint = load_checkpoint(out_dir / "ckpt.pt")
-    name, dataset = checkpoint["config"]["model"], checkpoint["config"]["dataset"]
+    name = checkpoint["config"]["model"]
     if config.model not in ("auto", name):
         raise UserError(f"{out_dir}/ckpt.pt holds a {name}, not a {config.model}: leave --model out")
-    folder = data.dataset_folder(dataset)
-    try:
-        now = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["splits"]["train"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        now = None
-    if now != checkpoint["data_sha256"] or not (folder / "tokenizer").is_dir():
-        raise UserError(f"{folder} is missing or not the one that {out_dir}/ckpt.pt was trained on: "
-                        "its tokenizer is needed")
-    return checkpoint, out_dir, data.load_tokenizer(str(folder / "tokenizer"))
+    if not (out_dir / "tokenizer").is_dir():
+        dataset = checkpoint["config"]["dataset"]
+        raise UserError(f"{out_dir}/tokenizer is missing: copy it there from data/{dataset}")
+    return out_dir, checkpoint
 
 
 def main(argv):
     config = data.configure(SampleConfig, data.parse_args(argv, __doc__, SampleConfig))
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    checkpoint, out_dir, tok = open_run(config)
-    name, dataset = checkpoint["config"]["model"], checkpoint["config"]["dataset"]
-    device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    out_dir, checkpoint = find_run(config)
+    tok, device = data.load_tokenizer(str(out_dir / "tokenizer")), choose_device(config.device)
     dtype, _ = choose_dtype(config.dtype, device, training=False)
     model = to_dtype(build_model(checkpoint).to(device), dtype)
+    facts = {"model": checkpoint["config"]["model"], "dataset": checkpoint["config"]["dataset"],
+             "device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}
+    if config.grid:
+        return grid(model, tok, config, facts, out_dir)
+    ids = encode_prompt(tok, config.prompt, model.config)
+    if config.num_samples == 1:
+        stream = TextStream(tok, ids)
+        print(config.prompt, end="", flush=True)
+        _, speed = continue_prompt(model, tok, ids, config, config.temperature,
+                                   lambda token: print(stream.push(token), end="", flush=True))
+        print(stream.flush())
+    else:
+        rows, speed = continue_prompt(model, tok, ids, config, config.temperature)
+        for i, row in enumerate(rows, 1):
+            print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
+    print("[{model}, {dataset}, {speed:.1f} tokens/s, {device}, {dtype}]".format(speed=speed, **facts))
 
-    if not config.grid:
-        ids = encode_prompt(tok, config.prompt, model.config)
-        if config.num_samples == 1:
-            stream = TextStream(tok, ids)
-            print(config.prompt, end="", flush=True)
-            _, speed = continue_prompt(model, tok, ids, config, device,
-                                       lambda token: print(stream.push(token), end="", flush=True))
-            print(stream.flush())
-        else:
-            rows, speed = continue_prompt(model, tok, ids, config, device)
-            for i, row in enumerate(rows, 1):
-                print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
-        print(f"[{name}, {dataset}, {speed:.1f} tokens/s, {device_name(device)}, {str(dtype).removeprefix('torch.')}]")
-        return
 
+def grid(model, tok, config, facts, out_dir):
+    """The report's inference file: all prompts at all temperatures -> *_inference_results.json in out_dir."""
     results = []
     for prompt in GRID_PROMPTS:
         for temperature in GRID_TEMPERATURES:
-            config.temperature = temperature
             ids = encode_prompt(tok, prompt, model.config)
-            rows, speed = continue_prompt(model, tok, ids, config, device)
-            for row in rows:
-                results.append({"prompt": prompt, "temperature": temperature, "text": tok.decode(row),
-                                "new_tokens_per_second": round(speed, 1)})
-            print(f"--- temperature {temperature}\n{tok.decode(rows[0])}")
-    path = out_dir / f"{Path(MODELS[name][2]).name}_inference_results.json"
-    report = {"model": name, "dataset": dataset, "device": device_name(device),
-              "dtype": str(dtype).removeprefix("torch."),
-              "settings": {k: v for k, v in asdict(config).items() if k in ("top_k", "top_p", "max_new_tokens", "seed")},
-              "results": results}
-    write_whole(path, lambda p: p.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8"))
+            rows, speed = continue_prompt(model, tok, ids, config, temperature)
+            results += [{"prompt": prompt, "temperature": temperature, "text": tok.decode(row),
+                         "new_tokens_per_second": round(speed, 1)} for row in rows]
+            print(f"--- temperature {temperature}\n{results[-1]['text']}")
+    settings = {k: getattr(config, k) for k in ("top_k", "top_p", "max_new_tokens", "seed")}
+    path = out_dir / f"{Path(MODELS[facts['model']][2]).name}_inference_results.json"
+    write_json(path, {**facts, "settings": settings, "results": results})
     print(f"[{len(results)} texts in {path}]")
 
 
