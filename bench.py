@@ -97,8 +97,7 @@ def bench_generation(name, device, config):
 
 @lru_cache      # once per device, so that the shares of both models can be compared
 def read_bandwidth(device):
-    """Bytes per second at which the device reads a gigabyte that no cache holds: the sum of a float32
-    vector."""
+    """Bytes per second at which the device reads a gigabyte that no cache holds: a sum of float32."""
     x = torch.ones(2 ** 28, device=device)
     x.sum()
     return x.numel() * 4 / seconds(x.sum, device, 9)
@@ -178,8 +177,7 @@ def training_changes(name, device):
 
 
 class TorchLSTM(LSTM):
-    """The same language model on PyTorch's own nn.LSTM, without skips: what the report's RNN most likely
-    was."""
+    """The same model on PyTorch's own nn.LSTM, without skips: what the report's RNN most likely was."""
 
     def __init__(self, config):
         super().__init__(config)

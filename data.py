@@ -144,8 +144,7 @@ def parts_of_documents(texts, seed):
 
 def parts_of_text(pieces, size):
     """The pieces of one text of so many bytes -> (split, piece, opens, closes): the first 80 % are train,
-    then 10 % val and 10 % test, as nanoGPT cuts its texts. It is one document: it opens once and closes
-    once."""
+    then 10 % val and 10 % test, as nanoGPT cuts its texts. One document: it opens and closes once."""
     done = 0
     for piece in pieces:
         yield BY_TENTHS[min(9, 10 * done // size)], piece, done == 0, False
@@ -411,8 +410,7 @@ def train_windows(n, step, batch_size, seed, rank=0, world_size=1):
 
 
 def get_batch(tokens, windows, block_size, device):
-    """Windows by number -> idx and targets (B, T) int64 on device, targets[:, t] the token after idx[:,
-    t]."""
+    """Windows by number -> idx and targets (B, T) int64 on device: targets are the tokens after idx."""
     rows = np.stack([tokens[w * block_size:(w + 1) * block_size + 1] for w in map(int, windows)])
     batch = torch.from_numpy(rows.astype(np.int64))
     if torch.device(device).type == "cuda":     # from pinned memory the copy runs beside the computation

@@ -222,8 +222,7 @@ class LSTM(nn.Module):
 
     @torch.no_grad()
     def step(self, idx, state):
-        """Consume idx (B, T), T >= 1 tokens -> logits (B, V) after the last, and the state, written in
-        place."""
+        """Consume idx (B, T), T >= 1 tokens -> logits (B, V) after the last; the state, written in place."""
         x, *new = self._hidden(idx, state, manual_recurrence)
         for kept, layers in zip(state, new):
             torch.stack(layers, out=kept)

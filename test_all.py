@@ -81,16 +81,19 @@ def close(a, b, tolerance=1e-6):
     return all(torch.allclose(x, y, atol=tolerance, rtol=1e-4) for x, y in zip(a, b, strict=True))
 
 
-def command(script, *keys, env={}):
-    """Run a script in the current folder, as a user types it."""
-    return subprocess.run([sys.executable, str(HERE / script), *keys], env={**os.environ, **env},
-                          capture_output=True, text=True, timeout=300)
+def command(script, *keys, code=0, env={}):
+    """Run a script in the current folder, as a user types it -> what it printed, and the errors."""
+    result = subprocess.run([sys.executable, str(HERE / script), *keys], env={**os.environ, **env},
+                            capture_output=True, text=True, timeout=300)
+    assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
+    return result.stdout, result.stderr
 
 
-def refused(result):
-    """Assert that a command ended with one clear line and no traceback; return the line."""
-    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    return result.stderr.strip().splitlines()[-1]
+def refuses(message, call, *args):
+    """Assert that a call raises a UserError of one line that matches message."""
+    with pytest.raises(UserError, match=message) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
 
 
 def tiny_keys(name, out_dir, *keys):
@@ -111,11 +114,11 @@ def resume(out_dir, *keys):
 
 
 def results_of(folder):
-    return json.loads((Path(folder) / "results.json").read_text())
+    return json.loads(Path(folder, "results.json").read_text())
 
 
 def metrics_of(folder):
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()]
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").open()]
 
 
 def saved_in(folder, name="last.pt"):
@@ -465,8 +468,7 @@ def test_int8_weights_are_the_floats_rounded_per_output_channel(name, round_acti
 
 
 def test_what_each_dtype_means_for_a_device():
-    with pytest.raises(UserError, match="for cpu and mps"):
-        train.choose_dtype("int8", torch.device("cuda"))
+    refuses("for cpu and mps", train.choose_dtype, "int8", torch.device("cuda"))
     assert train.choose_dtype("auto", torch.device("mps"), training=False)[0] == torch.float16
     assert train.choose_dtype("auto", torch.device("mps"))[0] == torch.float32
     with pytest.raises(TypeError, match="no more than F.linear"):
@@ -546,9 +548,8 @@ def test_a_documents_split_hangs_on_its_text_and_the_seed_alone(empty):
     texts = [f"Dokument numer {i}, zawsze inny." for i in range(300)] * 2
     write_jsonl("a.jsonl", texts)
     write_jsonl("b.jsonl", texts[::-1])
-    result = command("data.py", "--dataset=one", "--source=a.jsonl", "--tokenizer=train", "--vocab_size=512",
-                     env={"RAYON_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
+    command("data.py", "--dataset=one", "--source=a.jsonl", "--tokenizer=train", "--vocab_size=512",
+            env={"RAYON_NUM_THREADS": "1"})
     prepare("many", "a.jsonl")
     (meta, splits), (again, _) = (data.load_dataset(name) for name in ("one", "many"))
     assert meta["splits"] == again["splits"]
@@ -630,11 +631,10 @@ def test_a_hub_tokenizer_is_fetched_once_and_then_found_offline(work, empty):
     keys = ["--dataset=tiny", f"--source={work}/tiny.jsonl"]        # the default tokenizer, from the hub
     env = {"HF_HOME": str(empty / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     with served(HubHandler, work / "data/tiny/tokenizer") as env["HF_ENDPOINT"]:
-        result = command("data.py", *keys, env=env)
-    assert result.returncode == 0, result.stderr
+        command("data.py", *keys, env=env)
     first = data.load_dataset("tiny")[0]
     assert first["tokenizer"] == "speakleash/Bielik-4.5B-v3" and first["vocab_size"] == 512
-    assert command("data.py", *keys, env=env).returncode == 0       # the server is gone
+    command("data.py", *keys, env=env)      # the server is gone
     assert data.load_dataset("tiny")[0] == first
 
 
@@ -659,29 +659,25 @@ def test_unreachable_hub_and_speakleash_are_told_in_one_line_in_time(empty, monk
     """A server that accepts and never answers is the worst case: the clients know no time limit."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url, start = f"http://127.0.0.1:{silent.getsockname()[1]}", time.time()
-        line = refused(command("data.py", env={"HF_ENDPOINT": url, "HF_HOME": str(empty)}))
-        assert "--tokenizer=" in line and "mini" in line and time.time() - start < 60
+        _, line = command("data.py", code=1, env={"HF_ENDPOINT": url, "HF_HOME": str(empty)})
+        assert re.fullmatch("error: .*--tokenizer=.*mini\n", line) and time.time() - start < 60
     monkeypatch.setattr(data, "reachable", lambda url: False)
-    with pytest.raises(UserError, match="--source=FILE.*mini"):
-        data.fetch_plwiki(empty / "x")
+    refuses("--source=FILE.*mini", data.fetch_plwiki, empty / "x")
     assert not Path("data/plwiki").exists()
 
 
-def good_line(quality="HIGH"):
-    return json.dumps({"text": "Dokument. " * 9, "meta": {"quality": quality}}).encode() + b"\n"
-
-
+GOOD = json.dumps({"text": "Dokument. " * 9, "meta": {"quality": "HIGH"}}).encode() + b"\n"
 BAD_SOURCES = {
     "empty.jsonl": (b"", "holds no document"),
     "blank.txt": (b" \n\n", "holds no document"),
-    "low.jsonl": (good_line("LOW"), "quality HIGH"),
+    "low.jsonl": (GOOD.replace(b"HIGH", b"LOW"), "quality HIGH"),
     "not.jsonl.zst": (b"plain text", "not a zstd file"),
-    "broken.jsonl": (good_line() * 4999 + b"{oops\n", "line 5000: not JSON"),
+    "broken.jsonl": (GOOD * 4999 + b"{oops\n", "line 5000: not JSON"),
     "deep.jsonl": (b"[" * 100_000 + b"\n", "line 1: not JSON"),
-    "notext.jsonl": (good_line() + b'{"meta": {}}\n', "line 2: not {"),
+    "notext.jsonl": (GOOD + b'{"meta": {}}\n', "line 2: not {"),
     "number.jsonl": (b'{"text": 5}\n', "line 1: not {"),
     "latin2.txt": ("zażółć".encode("iso-8859-2"), "not UTF-8"),
-    "few.jsonl": (good_line() * 9, "too little text"),      # identical, so that they share a split
+    "few.jsonl": (GOOD * 9, "too little text"),      # identical, so that they share a split
     "short.txt": (b"Dwa.", "too little text"),
     "wrong.csv": (b"a,b\n", ".jsonl, .jsonl.zst or .txt"),
 }
@@ -691,8 +687,7 @@ BAD_SOURCES = {
 def test_bad_sources_are_refused_and_leave_nothing(name, empty):
     content, message = BAD_SOURCES[name]
     Path(name).write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(message)):
-        prepare("bad", name)
+    refuses(re.escape(message), prepare, "bad", name)
     assert not list(Path("data").iterdir())
 
 
@@ -810,8 +805,7 @@ def test_preparing_replaces_its_own_files_and_never_foreign_ones(name, spoilable
     mine.write_text("moje")
     if name == "train.bin":         # a name of ours, but nothing prepared
         Path("data/tiny/meta.json").unlink()
-    with pytest.raises(UserError, match="data/tiny holds "):
-        prepare(*keys)
+    refuses("data/tiny holds ", prepare, *keys)
     assert mine.read_text() == "moje"
 
 
@@ -835,8 +829,7 @@ def test_damaged_data_folders_are_refused(damage, spoilable):
      "missing": binary.unlink, "meta": lambda: meta_json.write_text("{"),
      "vocabulary": lambda: meta_json.write_text(json.dumps({**meta, "vocab_size": 100})),
      "version": lambda: meta_json.write_text(json.dumps({**meta, "format_version": 99}))}[damage]()
-    with pytest.raises(UserError, match="damaged"):
-        data.load_dataset("tiny")
+    refuses("damaged", data.load_dataset, "tiny")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -889,9 +882,8 @@ def test_mistakes_end_in_one_clear_line(script, keys, message, here):
         return {p for p in here.rglob("*") if "out" not in p.relative_to(here).parts and p.suffix != ".lock"}
 
     main, before = {"train": train, "sample": sample, "bench": bench, "data": data}[script].main, files()
-    with pytest.raises(UserError) as error:
-        main(keys.split())
-    assert message in str(error.value) and "\n" not in str(error.value) and files() == before
+    refuses(re.escape(message), main, keys.split())
+    assert files() == before
 
 
 def test_keys_are_of_their_fields_types():
@@ -909,8 +901,7 @@ def test_keys_are_of_their_fields_types():
     for layer in ({"batch_size": "4"}, {"batch_size": 4.0}, {"batch_size": True}, {"learning_rate": None},
                   {"model": "rnn"}, {"model": 3}, {"wandb_log": 1}, {"seed": -1}, {"seed": 2 ** 63},
                   {"max_minutes": float("nan")}, {"max_minutes": float("inf")}, {"grad_clip": -0.5}):
-        with pytest.raises(UserError, match=f"--{list(layer)[0]}=.*: must be"):
-            data.configure(TrainConfig, layer)
+        refuses(f"--{list(layer)[0]}=.*: must be", data.configure, TrainConfig, layer)
 
 
 @pytest.mark.parametrize("module, classes", [
@@ -919,11 +910,10 @@ def test_keys_are_of_their_fields_types():
 def test_help_lists_every_key_with_default_and_meaning(module, classes, capsys):
     with pytest.raises(SystemExit) as end:
         module.main(["--help"])
-    lines = capsys.readouterr().out.splitlines()
+    text = capsys.readouterr().out
+    assert end.value.code == 0
     for key, default in [pair for config in classes for pair in vars(config()).items()]:
-        found = [line for line in lines if line.startswith(f"  --{key}={default}")]
-        assert found and all(len(line.split(maxsplit=1)[1]) > 8 for line in found), key
-    assert end.value.code == 0 and max(map(len, lines)) <= 110
+        assert re.search(rf"^  --{key}={re.escape(str(default))} +\S.{{8}}", text, re.M), key
 
 
 @settings(QUICK, max_examples=200)
@@ -943,8 +933,6 @@ def test_any_arguments_are_parsed_or_refused(argv):
 def test_a_run_leaves_what_it_promises(name, here):
     folder = Path(train.MODELS[name][2])
     results, metrics = results_of(folder), metrics_of(folder)
-    assert {p.name for p in folder.iterdir()} >= {
-        "ckpt.pt", "last.pt", "tokenizer", "model_summary.txt", "metrics.jsonl", "results.json"}
     assert results.keys() == {
         "test_loss", "test_perplexity", "train_loss", "train_perplexity", "val_loss", "val_perplexity",
         "best_step", "steps", "tokens_seen", "minutes", "tokens_per_second", "peak_memory_gb", "n_params",
@@ -964,7 +952,7 @@ def test_a_run_leaves_what_it_promises(name, here):
     by_position = results["test_loss_by_position"]
     assert abs(loss - results["test_loss"]) < 0.02      # the run may have used bfloat16
     assert close([each.mean(dim=0)], [torch.tensor(by_position)], 0.05)
-    assert np.mean(by_position) == pytest.approx(results["test_loss"], abs=1e-4)
+    assert np.mean(by_position) == pytest.approx(results["test_loss"], abs=1e-4) and saved_in(folder)
     assert (folder / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
     assert f"{results['n_params']:,}" in (folder / "model_summary.txt").read_text()
     assert files_of(folder / "tokenizer") == files_of("data/tiny/tokenizer")
@@ -1052,10 +1040,10 @@ def all_of_a_run(folder):
     return facts, [*last["model"].values(), *best["model"].values(), *moments]
 
 
-def torchrun(*keys):
-    process = begin(keys, LAUNCHER)
+def finish(process):
+    """Wait for its end, which must be a good one -> what it said since."""
     output = process.communicate()[0]
-    assert process.returncode == 0, output
+    assert process.returncode == 0 and "Traceback" not in output, output
     return output
 
 
@@ -1079,7 +1067,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
 
     def in_one_go(folder, *keys):
         if processes == 2:
-            torchrun(*keys, f"--out_dir={folder}")
+            finish(begin([*keys, f"--out_dir={folder}"], LAUNCHER))
         else:
             train.main([*keys, f"--out_dir={folder}"])
 
@@ -1093,8 +1081,10 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
         workers = children(process) if processes == 2 else [process.pid]
         for pid in workers if kill == 1 else {process.pid, *workers}:
             os.kill(pid, signal.SIGTERM if kill == 1 else signal.SIGKILL)
-        output = process.communicate()[0]
-        assert kill != 1 or process.returncode == 0 and Path(cut, "results.json").exists(), output
+        if kill == 1:
+            finish(process)
+            assert Path(cut, "results.json").exists()
+        process.communicate()
         for path in Path(cut).glob("*.pt"):     # whatever is there is whole
             saved_in(cut, path.name)
     assert saved_in(cut)["state"]["step"] > 0
@@ -1120,8 +1110,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(here, capsys):
     last["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
     for damaged, message in ((last, "last.pt is damaged"), ({**last, "data_sha256": "0"}, "prepared anew")):
         torch.save(damaged, "out/finished/last.pt")
-        with pytest.raises(UserError, match=message):
-            resume("out/finished", "--max_iters=8")
+        refuses(message, resume, "out/finished", "--max_iters=8")
 
 
 def test_a_resumed_run_takes_new_settings_and_keeps_the_best_weights(here):
@@ -1140,8 +1129,7 @@ def test_a_resumed_run_takes_new_settings_and_keeps_the_best_weights(here):
     last = Path("out/best/last.pt").read_bytes()
     for damage, message in ((lambda: path.write_bytes(b"x"), "damaged"), (path.unlink, "no checkpoint at")):
         damage()
-        with pytest.raises(UserError, match=message):
-            resume("out/best", "--max_iters=12")
+        refuses(message, resume, "out/best", "--max_iters=12")
     assert Path("out/best/last.pt").read_bytes() == last
 
 
@@ -1155,8 +1143,8 @@ def test_without_a_c_compiler_a_run_goes_on_uncompiled(monkeypatch, capsys):
     assert train.compiled(model, TrainConfig(), torch.device("cpu")) is model and not capsys.readouterr().out
     assert train.compiled(model, TrainConfig(), torch.device("cuda")) is model
     assert "Failed to find C compiler" in capsys.readouterr().out
-    with pytest.raises(UserError, match="torch.compile does not work here.*leave --compile out"):
-        train.compiled(model, TrainConfig(compile="True"), torch.device("cpu"))
+    refuses("torch.compile does not work here.*leave --compile out", train.compiled,
+            model, TrainConfig(compile="True"), torch.device("cpu"))
 
 
 def spoil_gradients(monkeypatch, bad):
@@ -1191,8 +1179,8 @@ def test_a_run_that_is_not_finite_stops_and_spoils_nothing(recipe, save_minutes,
 
 @pytest.mark.parametrize("key", ["--learning_rate=1e12", "--learning_rate=1e18", "--weight_decay=1e18"])
 def test_an_absurd_step_size_is_stopped_before_it_is_saved(key, here):
-    with pytest.raises(UserError, match="learning rate"):
-        run_tiny("gpt", f"out/{key[2:]}", "--max_iters=100", "--warmup_iters=0", "--grad_clip=0", key)
+    refuses("learning rate", run_tiny,
+            "gpt", f"out/{key[2:]}", "--max_iters=100", "--warmup_iters=0", "--grad_clip=0", key)
     assert saved_in(f"out/{key[2:]}") and saved_in(f"out/{key[2:]}", "ckpt.pt")
 
 
@@ -1215,9 +1203,11 @@ def test_float16_leaves_out_steps_that_overflow_and_resumes_with_its_scale(optim
 
 
 def begin_quietly(name, out_dir, *keys, **options):
-    """Start a run that evaluates at its start alone -> the process, when it has taken some steps."""
+    """Start a run that evaluates and saves at its start alone -> the process, some steps later."""
     process = begin(tiny_keys(name, out_dir, "--eval_interval=100000", *keys), **options)
     read_until(process, "step 0:")
+    while process.poll() is None and not Path(out_dir, "last.pt").exists():
+        time.sleep(0.05)
     time.sleep(0.5)
     return process
 
@@ -1228,9 +1218,7 @@ def test_a_signal_ends_the_step_saves_and_scores(signum, here):
     folder = f"out/{signum.name}"
     process = begin_quietly("gpt", folder)
     process.send_signal(signum)
-    output = process.communicate()[0]
-    assert process.returncode == 0 and "Traceback" not in output, output
-    assert "of step 0, on the whole test split" in output
+    assert "of step 0, on the whole test split" in finish(process)
     step = saved_in(folder)["state"]["step"]
     assert results_of(folder)["steps"] == step > 0 and len(metrics_of(folder)) == 1
     assert resume(folder, f"--max_iters={step + 2}")["steps"] == step + 2
@@ -1238,11 +1226,10 @@ def test_a_signal_ends_the_step_saves_and_scores(signum, here):
 
 def test_a_signal_that_is_ignored_stays_ignored(here):
     """As nohup has it: the run outlives its terminal."""
-    process = begin_quietly("gpt", "out/nohup", "--max_iters=200",
+    process = begin_quietly("gpt", "out/nohup", "--max_iters=400",
                             preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     process.send_signal(signal.SIGHUP)
-    output = process.communicate()[0]
-    assert results_of("out/nohup")["steps"] == 200, output
+    assert "stopping" not in finish(process) and results_of("out/nohup")["steps"] == 400
 
 
 def test_two_interrupts_stop_at_once_and_harm_no_file(here):
@@ -1281,8 +1268,7 @@ def test_a_new_run_sets_the_last_one_aside_whole_but_no_other_files(here):
     with open("out/set/.aside.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)        # as a run does that is at work
         for keys in (tiny_keys("gpt", "out/set/aside"), ["--init_from=resume", "--out_dir=out/set/aside"]):
-            with pytest.raises(UserError, match="another run is writing to out/set/aside"):
-                train.main(keys)
+            refuses("another run is writing to out/set/aside", train.main, keys)
     assert files_of("out/set/aside") == first
     process = begin(tiny_keys("gpt", "out/set/aside", "--seed=5"))
     read_until(process, "parameters;")
@@ -1295,8 +1281,7 @@ def test_a_new_run_sets_the_last_one_aside_whole_but_no_other_files(here):
     sample.main([f"--out_dir={one}", "--max_new_tokens=2"])
     Path("out/set/foreign").mkdir()
     Path("out/set/foreign/notes.txt").write_text("moje")
-    with pytest.raises(UserError, match="holds files, and not of a run"):
-        run_tiny("gpt", "out/set/foreign")
+    refuses("holds files, and not of a run", run_tiny, "gpt", "out/set/foreign")
     assert files_of("out/set/foreign") == {"notes.txt": b"moje"}
 
 
@@ -1304,7 +1289,7 @@ def test_the_time_budget_ends_two_processes_together_and_their_curve_is_that_of_
     """DistributedDataParallel on gloo, whose run one process goes on with: the same batches, so the same
     losses to rounding as of one process in one go. Only one of the two writes."""
     keys = ["--schedule=constant", "--learning_rate=1e-4", "--gradient_accumulation_steps=2"]
-    out = torchrun(*tiny_keys("lstm", "out/two", "--max_minutes=0.03", *keys))
+    out = finish(begin(tiny_keys("lstm", "out/two", "--max_minutes=0.03", *keys), LAUNCHER))
     assert out.count("parameters;") == out.count("step 0: train") == 1
     minutes, steps = (results_of("out/two")[key] for key in ("minutes", "steps"))
     assert 0.03 <= minutes < 0.5 and steps > 0
@@ -1321,8 +1306,7 @@ def test_a_signal_to_one_process_stops_all_together(here):
     process = begin(tiny_keys("gpt", "out/together"), LAUNCHER)
     read_until(process, "step 4:")
     os.kill(children(process)[1], signal.SIGTERM)       # not the one that writes
-    output = process.communicate()[0]
-    assert process.returncode == 0 and "Traceback" not in output, output
+    finish(process)
     assert results_of("out/together")["steps"] == saved_in("out/together")["state"]["step"] >= 4
 
 
@@ -1359,7 +1343,6 @@ def test_a_resumed_run_goes_on_in_its_wandb_run_and_a_broken_one_stops_nothing(b
 DAMAGES = {     # of a checkpoint, each a function that changes it
     "version": lambda c: c.update(format_version=99),
     "model": lambda c: c["config"].update(model="rnn"),
-    "size": lambda c: c["model_config"].update(n_layer=50),
     "layers": lambda c: c["model_config"].update(n_layer=10 ** 9),      # would take hours to build
     "weight": lambda c: c["model"].popitem(),
     "step": lambda c: c["state"].update(step=torch.zeros(3, 3)),
@@ -1388,22 +1371,18 @@ def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
         torch.save(checkpoint, path)
     else:
         path.write_bytes({"cut": raw[:len(raw) // 2], "text": b"ala ma kota", "empty": b""}[damage])
-    with pytest.raises(UserError, match="ckpt.pt is damaged"):
-        train.load_checkpoint(path)
+    refuses("ckpt.pt is damaged", train.load_checkpoint, path)
 
 
 def test_sampling_refuses_what_does_not_fit(spoilable):
     checkpoint, tokenizer = saved_in("outputs/rnn", "ckpt.pt"), Path("outputs/transformer/tokenizer")
     checkpoint["model"]["lm_head.bias"][3] = float("nan")
     torch.save(checkpoint, "outputs/rnn/ckpt.pt")
-    with pytest.raises(UserError, match="not finite"):
-        sample.main(["--model=lstm"])
+    refuses("not finite", sample.main, ["--model=lstm"])
     shutil.rmtree(tokenizer)
-    with pytest.raises(UserError, match="tokenizer is missing: copy it there from data/tiny"):
-        sample.main(["--model=gpt"])
+    refuses("tokenizer is missing: copy it there from data/tiny", sample.main, ["--model=gpt"])
     data.train_tokenizer(data.write_mini(3, 500), 900).save_pretrained(tokenizer)
-    with pytest.raises(UserError, match="more entries than its model"):
-        sample.main(["--model=gpt"])
+    refuses("more entries than its model", sample.main, ["--model=gpt"])
 
 
 def test_a_full_disk_ends_in_one_line_and_what_was_there_is_whole(here):
@@ -1568,9 +1547,7 @@ def test_sample_streams_text_and_repeats_itself(name, work, empty, capsys):
     """From the run's folder alone: data/ is not needed."""
     shutil.copytree(work / "outputs", "outputs")
     keys = [f"--model={name}", "--temperature=1.0", "--max_new_tokens=40"]
-    result = command("sample.py", *keys)
-    assert result.returncode == 0, result.stderr
-    *text, facts = result.stdout.splitlines()
+    *text, facts = command("sample.py", *keys)[0].splitlines()
     assert text[0].startswith("Polska to piękny kraj.")
     assert re.match(rf"\[{name}, tiny, [\d.]+ tokens/s", facts)
     sample.main(keys)
@@ -1654,9 +1631,8 @@ def test_comparing_runs(work, empty, capsys):
         assert row[2].strip() == f"{results['tokens_seen']:,}"
         assert [float(x) for x in row[5:9:3]] == [round(results[k], 3) for k in ("val_loss", "test_loss")]
     assert Path("outputs/comparison.png").read_bytes()[:4] == b"\x89PNG"
-    Path("outputs/rnn/results.json").write_text(json.dumps({"config": {"model": "lstm", "dataset": "tiny"}}))
-    with pytest.raises(UserError, match="of an older version"):
-        bench.main(["--compare=True"])
+    Path("outputs/rnn/results.json").write_text('{"config": {"model": "lstm", "dataset": "tiny"}}')
+    refuses("of an older version", bench.main, ["--compare=True"])
 
 
 CONFIGS = {"data.py": [data.DataConfig], "sample.py": [sample.SampleConfig], "bench.py": [bench.BenchConfig],

@@ -111,8 +111,7 @@ RECIPES = {"tuned": {}, "report": {
 MINI = {"block_size": 128, "max_iters": 500, "learning_rate": 2e-3, "warmup_iters": 50,
         "n_layer": 4, "n_head": 4, "n_embd": 128, "n_hidden": 192}
 
-# Keys that a resumed run may change. Some of them bend the rest of its curve; any other would make it
-# another run.
+# Keys that a resumed run may change; any other would make it another run.
 MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_minutes", "learning_rate", "min_lr", "warmup_iters",
               "eval_interval", "log_interval", "save_minutes", "wandb_log", "wandb_project", "wandb_run_name",
               "device", "compile"}
