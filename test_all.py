@@ -1267,7 +1267,8 @@ def test_a_new_run_sets_the_last_one_aside_whole_but_no_other_files(here):
     first = files_of("out/set/aside")
     with open("out/set/.aside.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)        # as a run does that is at work
-        for keys in (tiny_keys("gpt", "out/set/aside"), ["--init_from=resume", "--out_dir=out/set/aside"]):
+        for more in ([], ["--init_from=resume"]):
+            keys = tiny_keys("gpt", "out/set/aside", "--max_iters=1", *more)
             refuses("another run is writing to out/set/aside", train.main, keys)
     assert files_of("out/set/aside") == first
     process = begin(tiny_keys("gpt", "out/set/aside", "--seed=5"))
@@ -1281,7 +1282,7 @@ def test_a_new_run_sets_the_last_one_aside_whole_but_no_other_files(here):
     sample.main([f"--out_dir={one}", "--max_new_tokens=2"])
     Path("out/set/foreign").mkdir()
     Path("out/set/foreign/notes.txt").write_text("moje")
-    refuses("holds files, and not of a run", run_tiny, "gpt", "out/set/foreign")
+    refuses("holds files, and not of a run", run_tiny, "gpt", "out/set/foreign", "--max_iters=1")
     assert files_of("out/set/foreign") == {"notes.txt": b"moje"}
 
 
