@@ -933,6 +933,9 @@ def test_any_arguments_are_parsed_or_refused(argv):
 def test_a_run_leaves_what_it_promises(name, here):
     folder = Path(train.MODELS[name][2])
     results, metrics = results_of(folder), metrics_of(folder)
+    assert {p.name for p in folder.iterdir()} == {
+        "ckpt.pt", "last.pt", "tokenizer", "model_summary.txt", "metrics.jsonl", "results.json",
+        "learning_curves.png"}
     assert results.keys() == {
         "test_loss", "test_perplexity", "train_loss", "train_perplexity", "val_loss", "val_perplexity",
         "best_step", "steps", "tokens_seen", "minutes", "tokens_per_second", "peak_memory_gb", "n_params",
@@ -1081,10 +1084,8 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
         workers = children(process) if processes == 2 else [process.pid]
         for pid in workers if kill == 1 else {process.pid, *workers}:
             os.kill(pid, signal.SIGTERM if kill == 1 else signal.SIGKILL)
-        if kill == 1:
-            finish(process)
-            assert Path(cut, "results.json").exists()
-        process.communicate()
+        finish(process) if kill == 1 else process.communicate()
+        assert kill != 1 or Path(cut, "results.json").exists()
         for path in Path(cut).glob("*.pt"):     # whatever is there is whole
             saved_in(cut, path.name)
     assert saved_in(cut)["state"]["step"] > 0
@@ -1350,9 +1351,14 @@ DAMAGES = {     # of a checkpoint, each a function that changes it
     "metrics": lambda c: c["state"]["metrics"][0].update(val_loss=float("nan")),
     "state": lambda c: c.pop("state"),
     "sparse": lambda c: c["model"].update({"wpe.weight": c["model"]["wpe.weight"].to_sparse()}),
-    "code": lambda c: c.update(model=os.system),
+    "code": lambda c: c.update(model=Hostile()),
     "expanded": lambda c: c.update(expanded(c)),
 }
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
 
 
 def expanded(checkpoint):
@@ -1373,6 +1379,7 @@ def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
     else:
         path.write_bytes({"cut": raw[:len(raw) // 2], "text": b"ala ma kota", "empty": b""}[damage])
     refuses("ckpt.pt is damaged", train.load_checkpoint, path)
+    assert not Path("ran").exists()
 
 
 def test_sampling_refuses_what_does_not_fit(spoilable):
