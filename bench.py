@@ -104,18 +104,13 @@ def read_bandwidth(device):
 
 
 def naive_seconds(model, prompt, config):
-    """Seconds to generate new_tokens naively. A pass depends on the context's length alone and changes
-    little from one to the next, so 16 lengths, spread evenly over the window, stand for all: an LSTM's 248
-    passes take minutes. Off the CPU the first pass of a length chooses kernels, and is not timed."""
-    start, window = prompt.size(1), min(prompt.size(1) + config.new_tokens, model.window)
-    context, total = torch.randint(model.config.vocab_size, (len(prompt), window), device=prompt.device), 0.0
-    list(generate(model, prompt, 1, mode="naive"))
-    for k in range(16):
-        idx = context[:, :start + int((k + 0.5) * (window - start) / 16)]
-        if not idx.is_cpu:
-            list(generate(model, idx, 1, mode="naive"))
-        total += seconds(lambda: list(generate(model, idx, 1, mode="naive")), idx.device, 1)
-    return total * config.new_tokens / 16
+    """Seconds to generate new_tokens naively. The time of a pass grows about linearly with the context, so
+    the middle length stands for all: an LSTM's 248 passes take minutes."""
+    length = min(prompt.size(1) + config.new_tokens // 2, model.window)
+    idx = torch.randint(model.config.vocab_size, (len(prompt), length), device=prompt.device)
+    list(generate(model, idx, 1, mode="naive"))         # warms up: a GPU chooses its kernels by the length
+    one = seconds(lambda: list(generate(model, idx, 1, mode="naive")), idx.device, config.repeats)
+    return one * config.new_tokens
 
 
 def cached_seconds(model, prompt, config, mode):
@@ -148,10 +143,11 @@ def bench_training(name, device, config):
         trainer.train_step()                            # warm up: compilation, allocations, the moments
         repeats = config.repeats if device.type == "cpu" else max(10, config.repeats)
         speed = trainer.tokens_per_step / seconds(trainer.train_step, device, repeats)
-        first = first or speed
+        flops, first = model.flops_per_token(), first or speed
+        del model, trainer                              # before the next is built: two may not fit
         row = {"model": name, "device": device.type, "change": label, "dtype": settings.dtype,
                "batch_size": config.batch_size, "tokens_per_second": round(speed, 1),
-               "ratio": round(speed / first, 2), "tflops": round(speed * model.flops_per_token() / 1e12, 3)}
+               "ratio": round(speed / first, 2), "tflops": round(speed * flops / 1e12, 3)}
         yield {**row, "peak_memory_gb": peak_memory_gb(device)} if device.type == "cuda" else row
 
 
@@ -217,6 +213,7 @@ def compare(out_dir):
 
 
 def curve(run, key):
+    """One column of a run's metrics."""
     return [row[key] for row in run["metrics"]]
 
 

@@ -306,8 +306,8 @@ def train_tokenizer(texts, vocab_size):
         # merges stay within a word, a run of signs (at most 50: a megabyte may have no space), or a digit
         words = Regex(r"▁?\p{L}{1,50}|▁?[^\p{L}\p{N}\s▁]{1,50}|\p{N}|\s|▁{1,50}")
         tok.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
-        tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
+        tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                         decoders.Fuse(), decoders.Strip(" ", 1, 0)])
         return tok
 
     def sample():       # the trainer keeps every distinct word; more text would hardly change the merges
@@ -546,25 +546,29 @@ ADJECTIVE = {"m": "y ego emu y ym ym", "M": "y ego emu ego ym ym", "f": "a ej ej
 # A row is a gender and the endings of six cases. A noun takes the first row whose nominative it ends in.
 NOUNS = [row.split() for row in (
     "f ka ki ce kę ką ce|f na ny nie nę ną nie|f ra ry rze rę rą rze|f ta ty cie tę tą cie|"
-    "f wa wy wie wę wą wie|f ca cy cy cę cą cy|f ża ży ży żę żą ży|f wieś wsi wsi wieś wsią wsi|"
+    "f wa wy wie wę wą wie|f ca cy cy cę cą cy|f ża ży ży żę żą ży|"
+    "f wieś wsi wsi wieś wsią wsi|"
     "m ów owa owowi ów owem owie|m zamek zamku zamkowi zamek zamkiem zamku|m ek ka kowi ek kiem ku|"
     "m iec ca cowi iec cem cu|M an ana anowi ana anem anie|M ław ława ławowi ława ławem ławie|"
     "M arz arza arzowi arza arzem arzu|n wo wa wu wo wem wie|n asto asta astu asto astem eście|"
     "n ko ka ku ko kiem ku|p ice ic icom ice icami icach|p mury murów murom mury murami murach").split("|")]
-STEMS = ("Dęb Lip Buk Sosn Jodł Grab Klon Jawor Cis Brzoz Olch Wierzb Jesion Kalin Malin Wiśni Topol Akacj "
-         "Jarzębin Leszczyn Orzech Jałowc Modrzewi Wiąz Jan Adam Piotr Bogdan Wilk Sokoł Kruk Orł Bobr Lis "
-         "Stanisław Bolesław Mirosław Stefan Roman Julian Bor Gaj Dzik Piask Chmiel Rad Tur Zdzisław").split()
+STEMS = ("Dęb Lip Buk Sosn Jodł Grab Klon Jawor Cis Brzoz Olch Wierzb Jesion Kalin Malin Wiśni Topol "
+         "Akacj Jarzębin Leszczyn Orzech Jałowc Modrzewi Wiąz Jan Adam Piotr Bogdan Wilk Sokoł Kruk "
+         "Orł Bobr Lis Stanisław Bolesław Mirosław Stefan Roman Julian Bor Gaj Dzik Piask Chmiel Rad "
+         "Tur Zdzisław").split()
 PRAISE = "piękn star mał zielon słynn bogat cich now wielk skromn urocz malownicz drewnian dawn".split()
 # What an article may name: nouns, then stems of adjectives before them and after them ("" is none).
 LEXICON = {
     "town": ([stem + end for stem in STEMS for end in ("ów", "owo", "ówka", "owina", "owiec", "owice")],
              ["", "", "", "", "Now", "Star", "Wielk", "Mał", "Górn", "Doln"]),
     "river": ([stem + end for stem in STEMS for end in ("ownica", "owianka")],),
-    "who": ("Jan Stefan Roman Julian Stanisław Wacław Czesław Anna Helena Barbara Marta Ewa Monika".split(),
-            [""], [stem + "owsk" for stem in STEMS]),
-    "species": ("mięta róża malwa turzyca dzwonek fiołek mewa sowa sikora kaczka sroka wrona bocian".split(),
-                [""], "leśn poln górsk wodn drobn biał żółt złot łąkow karpack dzik czarn srebrn".split()),
-    "place": ("miasto wieś miasteczko uzdrowisko".split(), PRAISE, "śląsk mazowieck pomorsk lubelsk".split()),
+    "who": ("Jan Stefan Roman Julian Stanisław Wacław Czesław Anna Helena Barbara Marta Ewa "
+            "Monika".split(), [""], [stem + "owsk" for stem in STEMS]),
+    "species": ("mięta róża malwa turzyca dzwonek fiołek mewa sowa sikora kaczka sroka wrona "
+                "bocian".split(), [""],
+                "leśn poln górsk wodn drobn biał żółt złot łąkow karpack dzik czarn srebrn".split()),
+    "place": ("miasto wieś miasteczko uzdrowisko".split(), PRAISE,
+              "śląsk mazowieck pomorsk lubelsk".split()),
     "building": ("zamek mury katedra kaplica wieża chata biblioteka opactwo".split(), PRAISE)}
 # Of the sentences on a line one is taken. {town2} is a second town; {past} ends the verb of a numeral.
 ARTICLES = """

@@ -43,7 +43,7 @@ class SampleConfig:
     seed: int = 1337                # the same seed gives the same text
     grid: bool = False              # all prompts at all temperatures, written to a JSON file
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"   # of the weights
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"   # of weights; int8: no CUDA
 
     def __post_init__(self):
         if not (1 <= self.max_new_tokens <= 10 ** 6 and 1 <= self.num_samples <= 10 ** 6):

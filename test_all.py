@@ -512,7 +512,8 @@ def test_a_continuation_ends_before_its_end_mark(num_samples):
 
 def test_streamed_text_never_breaks_a_character(work):
     tok = data.load_tokenizer(str(work / "data/tiny/tokenizer"))
-    for text in ("Zażółć gęślą jaźń 🦊🇵🇱 — ☃ " * 9 + "🦊", "日本語" * 60, "koniec \ufffd"):
+    polish = "Zażółć gęślą jaźń 🦊🇵🇱 — ☃ " * 9 + "🦊"
+    for text in (polish, "日本語" * 60, "koniec \ufffd"):
         stream = sample.TextStream(tok, [tok.bos_token_id])
         pieces = [stream.push(i) for i in data.encode(tok, [text])[0]]
         assert "".join(pieces) + stream.flush() == text and not any("\ufffd" in p for p in pieces)
@@ -537,8 +538,8 @@ def test_mini_is_reproducible_varied_and_grammatical():
     counted = [data.count(n, "rok", "lata", "lat") for n in (1, 2, 5, 12, 22, 112, 1022)]
     assert counted == ["1 rok", "2 lata", "5 lat", "12 lat", "22 lata", "112 lat", "1 022 lata"]
     castle, woman = data.Word("zamek", "star", "śląsk"), data.Word("Anna", "", "Dębowsk")
-    assert f"{castle} - {castle:gen} - {castle:ins}" == "stary zamek śląski - starego zamku śląskiego - " \
-                                                        "starym zamkiem śląskim"
+    assert f"{castle} - {castle:gen}" == "stary zamek śląski - starego zamku śląskiego"
+    assert f"{castle:ins}" == "starym zamkiem śląskim"
     assert f"{woman:z ins}, {woman:dat}" == "z Anną Dębowską, Annie Dębowskiej"
     assert data.z("Szczecina") == "ze Szczecina" and data.z("Sanu") == "z Sanu"
 
@@ -573,8 +574,9 @@ def test_a_tokenizer_of_32000_entries_gives_polish_text_back():
     words = ["".join(rng.choice(syllables, rng.integers(2, 5))) for _ in range(40_000)] * 3
     tok = data.train_tokenizer((" ".join(words[i:i + 100]) for i in range(0, len(words), 100)), 32_000)
     assert len(tok) == 32_000 and max(map(max, data.encode(tok, words[:5000]))) > 31_000
-    for text in ("Zażółć gęślą jaźń.", "ĄĆĘŁŃÓŚŹŻ ąćęłńóśźż", "emoji 🦊 i flaga 🇵🇱", " ".join(words[:500]),
-                 "  dwie spacje\ti tabulator \n\nkoniec ", "literalne <s> i </s> oraz <unk>",
+    for text in ("Zażółć gęślą jaźń.", "ĄĆĘŁŃÓŚŹŻ ąćęłńóśźż", "emoji 🦊",
+                 "flaga 🇵🇱", " ".join(words[:500]), "  dwie spacje\ti tabulator \n\nkoniec ",
+                 "literalne <s> i </s> oraz <unk>",
                  "日本語 עברית \u200f", "NUL\x00w środku", "1234,5"):
         ids = np.array(data.encode(tok, [text])[0], dtype="<u2")
         assert tok.decode(ids.astype(np.int64)) == text
@@ -695,8 +697,9 @@ def test_awkward_documents_survive(empty):
     """Every document that is not blank comes back as it was; marks of control in a text stay text."""
     endless = "ab" * 5_000_000      # no space: cut every 100,000 characters, and a space put there
     plain = [f"Dokument {i}" for i in range(60)] + [
-        "\ufeffBOM na początku", "wiersz\r\nCRLF\n\n", "zero\x00bajt", "</s><s> wewnątrz <unk>", "🦊" * 50,
-        "raz", "raz", "\u200fמימין לשמאל\u202e", "  spacje z przodu i z tyłu ", "słowo " * 50_000]
+        "\ufeffBOM na początku", "wiersz\r\nCRLF\n\n", "zero\x00bajt", "</s><s> wewnątrz <unk>",
+        "🦊" * 50, "raz", "raz", "\u200fמימין לשמאל\u202e", "  spacje z przodu i z tyłu ",
+        "słowo " * 50_000]
     lines = [json.dumps({"text": t}) for t in ["", "  \n ", "\t\u2003", *plain, "dolna▁kreska", endless]]
     lines.append('{"text": "pół znaku \\ud83e tutaj"}')
     Path("a.jsonl").write_text("\ufeff" + "\r\n\n".join(lines), encoding="utf-8", newline="")
@@ -1084,8 +1087,11 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
         workers = children(process) if processes == 2 else [process.pid]
         for pid in workers if kill == 1 else {process.pid, *workers}:
             os.kill(pid, signal.SIGTERM if kill == 1 else signal.SIGKILL)
-        finish(process) if kill == 1 else process.communicate()
-        assert kill != 1 or Path(cut, "results.json").exists()
+        if kill == 1:
+            finish(process)
+            assert Path(cut, "results.json").exists()
+        else:
+            process.communicate()
         for path in Path(cut).glob("*.pt"):     # whatever is there is whole
             saved_in(cut, path.name)
     assert saved_in(cut)["state"]["step"] > 0
