@@ -969,14 +969,14 @@ def test_recipes_set_what_they_say(here):
             (["--recipe=report", "--model=lstm"], {
                 "optimizer": "adam", "beta2": 0.999, "schedule": "constant", "grad_clip": 0,
                 "dtype": "float32", "compile": "False", "residual": False}),
-            (["--grad_clip=0.5"], {"optimizer": "adamw", "schedule": "cosine", "beta2": 0.95,
+            (["--grad_clip=0.5"], {"optimizer": "auto", "schedule": "cosine", "beta2": 0.95,
                                    "fused_attention": True, "grad_clip": 0.5}),
             (["--recipe=report", "--optimizer=adamw"], {"optimizer": "adamw", "fused_attention": False}))):
         name = "lstm" if "--model=lstm" in keys else "gpt"
         assert expected.items() <= run_tiny(name, f"out/recipe{i}", "--max_iters=1", *keys)["config"].items()
 
     model = make("gpt")
-    adam, adamw = (train.make_optimizer(model, TrainConfig(optimizer=name)) for name in ("adam", "adamw"))
+    (adam,), (adamw,) = (train.make_optimizers(model, TrainConfig(optimizer=o)) for o in ("adam", "adamw"))
     assert (type(adam), type(adamw)) == (torch.optim.Adam, torch.optim.AdamW)
     group, = adam.param_groups
     assert group["weight_decay"] == 0.1 and sum(p.numel() for p in group["params"]) == model.num_params()
@@ -984,10 +984,37 @@ def test_recipes_set_what_they_say(here):
         {(True, 0.1), (False, 0.0)}
 
 
+@BOTH
+def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(name):
+    ours, theirs = make(name), make(name)
+    start = [p.detach().clone() for p in ours.parameters()]
+    config = TrainConfig(model=name, optimizer="muon", muon_learning_rate=0.02)
+    matrices = [p for p in theirs.blocks.parameters() if p.dim() == 2]
+    rest = [p for n, p in theirs.named_parameters() if p.dim() == 1 or not n.startswith("blocks")]
+    adamw = torch.optim.AdamW([{"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
+                               {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}],
+                              5e-4, (0.9, 0.95))
+    muon = torch.optim.Muon(matrices, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    # PyTorch's always rounds to bfloat16
+    for model, optimizers in ((ours, train.make_optimizers(ours, config, torch.bfloat16)), (theirs, [adamw, muon])):
+        for _ in range(4):
+            model(*inputs_and_targets())[1].backward()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group.get("highest_lr", group["lr"])
+                optimizer.step()
+                optimizer.zero_grad()
+    for p, q, before in zip(ours.parameters(), theirs.parameters(), start):
+        assert (p - q).norm() <= 1e-3 * (q - before).norm() > 0
+    values = torch.linalg.svdvals(train.orthogonal(torch.randn(30, 12)))
+    assert 0.6 < values.min() and values.max() < 1.3
+
+
 def test_the_schedule_is_a_warmup_and_a_cosine():
     def rates(steps, minutes=0.0, **keys):
         config = TrainConfig(**keys)
-        return [train.learning_rate_at(config, State(step=step, minutes=minutes)) for step in steps]
+        return [config.learning_rate * train.schedule_at(config, State(step=step, minutes=minutes))
+                for step in steps]
 
     assert rates((0, 9, 10, 999), 99, schedule="constant", warmup_iters=10) == [5e-5, 5e-4, 5e-4, 5e-4]
     cosine = rates(range(1001), max_iters=1000, warmup_iters=10)
@@ -1042,8 +1069,12 @@ def all_of_a_run(folder):
     curve = [{k: v for k, v in m.items() if k not in TIMINGS} for m in last["state"]["metrics"]]
     facts = [{k: v for k, v in results.items() if k not in TIMINGS}, config, curve, last["scaler"],
              [last["state"][k] for k in ("step", "best_val")], best["state"]["step"]]
-    moments = [v for state in last["optimizer"]["state"].values() for v in state.values()]
-    return facts, [*last["model"].values(), *best["model"].values(), *moments]
+    return facts, [*last["model"].values(), *best["model"].values(), *moments_of(last)]
+
+
+def moments_of(last):
+    """All tensors of the optimizers in a last.pt."""
+    return [v for saved in last["optimizers"] for state in saved["state"].values() for v in state.values()]
 
 
 def finish(process):
@@ -1065,11 +1096,11 @@ def children(launcher):
 @pytest.mark.parametrize("processes", [1, 2] if LONG else [1])
 def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes, here):
     """SIGKILL, at a random moment after the run has begun to work, often in a save; then resumed, and
-    killed again. Once it is SIGTERM."""
+    killed again. Once it is SIGTERM. Two optimizers: muon, and adamw for the rest."""
     kills, rng = 30 if LONG else 3, random.Random(f"{name}{processes}")
     whole, cut = f"out/never-{name}{processes}", f"out/often-{name}{processes}"
     keys = tiny_keys(name, "", "--eval_interval=7", "--dropout=0.1", "--learning_rate=3e-3",
-                     f"--max_iters={60 * (kills + 1)}", "--max_minutes=0")
+                     "--optimizer=muon", f"--max_iters={60 * (kills + 1)}", "--max_minutes=0")
 
     def in_one_go(folder, *keys):
         if processes == 2:
@@ -1110,12 +1141,15 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(here, capsys):
     resume("out/finished")
     assert "is finished: 4 steps" in capsys.readouterr().out and files_of("out/finished") == before
     last = saved_in("out/finished")
-    for moments in last["optimizer"]["state"].values():     # that claim more numbers than the file holds
+    adamw, muon = (saved["state"] for saved in last["optimizers"])
+    for moments in adamw.values():              # that claim more numbers than the file holds
         moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
     torch.save(last, "out/finished/last.pt")
     assert resume("out/finished", "--max_iters=6")["steps"] == 6
-    last["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
-    for damaged, message in ((last, "last.pt is damaged"), ({**last, "data_sha256": "0"}, "prepared anew")):
+    one = {**last, "optimizers": last["optimizers"][:1]}
+    muon[0]["mean"] = torch.zeros(3)
+    other = {**last, "data_sha256": "0"}
+    for damaged, message in ((last, "is damaged"), (one, "is damaged"), (other, "prepared anew")):
         torch.save(damaged, "out/finished/last.pt")
         refuses(message, resume, "out/finished", "--max_iters=8")
 
@@ -1178,7 +1212,7 @@ def test_a_run_that_is_not_finite_stops_and_spoils_nothing(recipe, save_minutes,
                  "--learning_rate=1e-2", "--log_interval=3")
     last, metrics = saved_in(folder), metrics_of(folder)
     assert last["state"]["step"] == (0 if save_minutes else 9) and [m["step"] for m in metrics] == [0, 4, 8]
-    assert all(v.isfinite().all() for state in last["optimizer"]["state"].values() for v in state.values())
+    assert all(v.isfinite().all() for v in moments_of(last))
     best = saved_in(folder, "ckpt.pt")["state"]["metrics"][-1]
     assert best == min(metrics, key=lambda m: m["val_loss"])
     assert resume(folder, "--max_iters=12", "--learning_rate=1e-3")["steps"] == 12
@@ -1191,7 +1225,7 @@ def test_an_absurd_step_size_is_stopped_before_it_is_saved(key, here):
     assert saved_in(f"out/{key[2:]}") and saved_in(f"out/{key[2:]}", "ckpt.pt")
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon"])
 def test_float16_leaves_out_steps_that_overflow_and_resumes_with_its_scale(optimizer, here, monkeypatch):
     """Each halves the scale of the loss, and moves nothing; after the first there may be no moments yet."""
     keys = ["--dtype=float16", "--schedule=constant", f"--optimizer={optimizer}", "--learning_rate=1e-2"]
@@ -1205,7 +1239,8 @@ def test_float16_leaves_out_steps_that_overflow_and_resumes_with_its_scale(optim
         found.append(saved_in(folder))
     whole, halves = found
     assert whole["scaler"] == halves["scaler"] and whole["scaler"]["scale"] == 2 ** 14
-    assert {state["step"].item() for state in whole["optimizer"]["state"].values()} == {4}
+    assert {state["step"].item() for state in whole["optimizers"][0]["state"].values()} == {4}
+    assert all(map(torch.equal, moments_of(whole), moments_of(halves)))
     assert all(torch.equal(whole["model"][k], halves["model"][k]) for k in whole["model"])
 
 
