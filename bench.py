@@ -33,6 +33,8 @@ from train import MODELS, RECIPES, TrainConfig, Trainer, choose_device, choose_d
     devices_present, peak_memory_gb, picture, write_json
 
 PROMPT_TOKENS = 8
+# Dense bfloat16 tensor-core rates of NVIDIA's data sheets, TFLOP/s, for the share of it (MFU) in training
+PEAK_TFLOPS = {"A40": 149.7, "A100": 312, "H100": 989, "H200": 989, "RTX 3090": 71, "RTX 4090": 165.2}
 REPORT = {"generation": "the report, naive: Transformer 16.5 tokens/s (A40), 13 (M4); LSTM 16.5 and 4",
           "training": "the report, on an A40: Transformer 7,852 tokens/s"}
 
@@ -72,7 +74,6 @@ def seconds(function, device, repeats):
 def bench_generation(name, device, config):
     """Yield one row per mode and dtype, as in bench.json."""
     model_class, config_class, _ = MODELS[name]
-    torch.manual_seed(0)
     model = model_class(config_class()).to(device).eval()
     prompt = torch.randint(model.config.vocab_size, (config.batch_size, PROMPT_TOKENS), device=device)
     # what one token must read: all weights but the embedding tables, of which it reads a row
@@ -82,16 +83,19 @@ def bench_generation(name, device, config):
     best = ("graph", fast) if device.type == "cuda" else ("cached", torch.int8)
     exact = torch.float32
     for mode, dtype in dict.fromkeys([("naive", exact), ("cached", exact), ("cached", fast), best]):
-        to_dtype(model, dtype)
+        del model                                       # before the next is built: two may not fit
+        model = to_dtype(model_class(config_class()).to(device).eval(), dtype)
         if mode == "naive":
-            steps = config.new_tokens / naive_seconds(model, prompt, config)
+            first, per_token = naive_seconds(model, prompt, config)
         else:
-            steps = (config.new_tokens - 1) / cached_seconds(model, prompt, config, mode)
+            first, per_token = cached_seconds(model, prompt, config, mode)
+        steps = 1 / per_token
         speed = steps * config.batch_size
         naive = naive or speed
         share = steps * n_weights * dtype.itemsize / bandwidth
         yield {"model": name, "device": device.type, "mode": mode, "dtype": str(dtype).removeprefix("torch."),
                "tokens_per_second": round(speed, 2), "ratio": round(speed / naive, 2),
+               "first_token_ms": round(1000 * first, 2),
                "bandwidth_share": round(share, 3), "bandwidth_gb_per_second": round(bandwidth / 1e9, 1)}
 
 
@@ -104,23 +108,27 @@ def read_bandwidth(device):
 
 
 def naive_seconds(model, prompt, config):
-    """Seconds to generate new_tokens naively. The time of a pass grows about linearly with the context, so
-    the middle length stands for all: an LSTM's 248 passes take minutes."""
-    length = min(prompt.size(1) + config.new_tokens // 2, model.window)
-    idx = torch.randint(model.config.vocab_size, (len(prompt), length), device=prompt.device)
-    list(generate(model, idx, 1, mode="naive"))         # warms up: a GPU chooses its kernels by the length
-    one = seconds(lambda: list(generate(model, idx, 1, mode="naive")), idx.device, config.repeats)
-    return one * config.new_tokens
+    """Seconds to the first token, and per token naively. The time of a pass grows about linearly with the
+    context, so the middle length stands for all: an LSTM's 248 passes take minutes."""
+    middle = min(prompt.size(1) + config.new_tokens // 2, model.window)
+    idx = torch.randint(model.config.vocab_size, (len(prompt), middle), device=prompt.device)
+
+    def one(idx):
+        list(generate(model, idx, 1, mode="naive"))     # warms up: a GPU chooses its kernels by the length
+        return seconds(lambda: list(generate(model, idx, 1, mode="naive")), idx.device, config.repeats)
+
+    return one(prompt), one(idx)
 
 
 def cached_seconds(model, prompt, config, mode):
-    """Seconds to generate new_tokens - 1 tokens after the first, which comes with the prompt's pass."""
-    times = []
+    """Seconds to the first token, which comes with the prompt's pass, and per token after it."""
+    first, rest = [], []
     for _ in range(1 + config.repeats):
         stream = generate(model, prompt, config.new_tokens, mode=mode)
-        next(stream)
-        times.append(seconds(lambda: [None for _ in stream], prompt.device, 1))
-    return statistics.median(times[1:])                 # the first warms up
+        first.append(seconds(lambda: next(stream), prompt.device, 1))
+        rest.append(seconds(lambda: [None for _ in stream], prompt.device, 1))
+    # the first run warms up
+    return statistics.median(first[1:]), statistics.median(rest[1:]) / (config.new_tokens - 1)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -148,7 +156,11 @@ def bench_training(name, device, config):
         row = {"model": name, "device": device.type, "change": label, "dtype": settings.dtype,
                "batch_size": config.batch_size, "tokens_per_second": round(speed, 1),
                "ratio": round(speed / first, 2), "tflops": round(speed * flops / 1e12, 3)}
-        yield {**row, "peak_memory_gb": peak_memory_gb(device)} if device.type == "cuda" else row
+        if device.type == "cuda":
+            row["peak_memory_gb"] = peak_memory_gb(device)
+            peaks = [peak for gpu, peak in PEAK_TFLOPS.items() if gpu in device_name(device)]
+            row["mfu"] = round(row["tflops"] / peaks[0], 3) if peaks else None
+        yield row
 
 
 def training_changes(name, device):
@@ -168,7 +180,8 @@ def training_changes(name, device):
             (mixed, TorchLSTM, {}, fast, "report", False),
             ("by hand, float32", LSTM, plain, exact, "report", False),
             ("by hand, mixed precision", LSTM, plain, fast, "report", False),
-            *[("cuDNN on the same weights", LSTM, {"residual": False}, fast, "report", False)] * cuda,
+            *[("cuDNN on the same weights", LSTM, {"residual": False}, fast, "report", False),
+              ("cuDNN, float16", LSTM, {"residual": False}, torch.float16, "report", False)] * cuda,
             ("fused AdamW, skips", LSTM, {}, fast, "tuned", False)]
 
 
@@ -255,8 +268,10 @@ def show(row):
     line = f"{what}{row['tokens_per_second']:>11,.1f} tokens/s{row['ratio']:>7.2f}x"
     if "tflops" in row:
         memory = f"{row['peak_memory_gb']:>7.1f} GB" if "peak_memory_gb" in row else ""
-        return f"{line}{row['tflops']:>8.2f} TFLOP/s{memory}"
-    return f"{line}{row['bandwidth_share']:>8.0%} of {row['bandwidth_gb_per_second']:.0f} GB/s"
+        mfu = f"{row['mfu']:>7.1%} MFU" if row.get("mfu") else ""
+        return f"{line}{row['tflops']:>8.2f} TFLOP/s{memory}{mfu}"
+    share = f"{row['bandwidth_share']:>8.0%} of {row['bandwidth_gb_per_second']:.0f} GB/s"
+    return f"{line}{share}, the first after {row['first_token_ms']:.0f} ms"
 
 
 def plot_bars(rows, path, title):

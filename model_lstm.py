@@ -10,6 +10,7 @@ Block (recurrence here, attention there) and so in the state that generation car
 Dimensions: B sequences, T tokens, E = n_embd channels, H = n_hidden units, V vocabulary.
 """
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +114,10 @@ def scan_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
     xg = F.linear(x, weight_ih, bias_ih + bias_hh)
     y, c = Scan.apply(xg, weight_hh.to(xg.dtype), h.to(xg.dtype), c)
     return y, y[-1], c
+
+
+# cuDNN packs weights that are cast at each call, as autocast does to all: no news at each call
+warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
 
 
 def cudnn_recurrence(x, h, c, *weights):

@@ -3,6 +3,7 @@
     python sample.py --temperature=1.0                          # the newest checkpoint
     python sample.py --model=lstm --prompt="Dawno temu" --num_samples=3
     python sample.py --grid=True            # all prompts x temperatures 0.5, 1.0, 1.5 -> a JSON file
+    python sample.py --export=FOLDER        # weights, configuration and tokenizer for use elsewhere
     python sample.py --help
 
 Owns the generation loop, which bench.py times as it is. Reads out_dir alone, never data/.
@@ -10,8 +11,8 @@ Owns the generation loop, which bench.py times as it is. Reads out_dir alone, ne
 import sys
 import time
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,9 @@ import torch.nn.functional as F
 
 import data
 from data import UserError
+from model_gpt import GPT
 from train import MODELS, build_model, choose_device, choose_dtype, device_name, load_checkpoint, \
-    set_matmul_precision, write_json
+    set_matmul_precision, write_json, write_whole
 
 GRID_TEMPERATURES = (0.5, 1.0, 1.5)
 GRID_PROMPTS = ("Polska to piękny kraj.", "Dawno temu", "Miasto leży nad rzeką", "W 1920 roku",
@@ -42,6 +44,7 @@ class SampleConfig:
     num_samples: int = 1            # continuations, generated as one batch
     seed: int = 1337                # the same seed gives the same text
     grid: bool = False              # all prompts at all temperatures, written to a JSON file
+    export: str = ""                # write the model to this folder, for use elsewhere, and end
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"   # of weights; int8: no CUDA
 
@@ -95,8 +98,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
                 part.zero_()            # empties it
             draw(model.step(tokens[:, first:t], state)[0])
         else:
-            with matvec_kernels(device, B):
-                decode()
+            decode()
         refill = False
         tokens[:, t] = newest[:, 0]
         yield tokens[:, t]
@@ -127,17 +129,6 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
     return drawn.clamp(max=logits.size(-1) - 1)         # rounding can lead beyond the line's end
 
 
-@contextmanager
-def matvec_kernels(device, batch_size):
-    """On a CPU a row times a bfloat16 matrix is faster without oneDNN, which prepares for many rows."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and not (device.type == "cpu" and batch_size == 1)
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
-
-
 def capture(function):
     """function() as a CUDA graph, all its kernels in one launch -> a callable that runs it again on the same
     memory.
@@ -157,21 +148,73 @@ def capture(function):
 
 
 # ----------------------------------------------------------------------------------------------------
-# int8 weights
+# Weights that multiply in a way of their own
 
-class Int8Weight:
-    """Stands in a model where a float matrix w (N, K) stood: F.linear then multiplies by 8-bit integers.
+class Weight:
+    """Stands in a model where a float matrix (N, K) stood: PyTorch hands F.linear to any argument that has
+    __torch_function__, so the models need not know."""
 
-    Each output channel n has one scale, s_n = max |w_n| / 127, and the integers round(w_n / s_n): half the
-    bytes of bfloat16. A CPU's fast kernel multiplies integers by integers, so there the activations, in
-    float32, are rounded too, by the range of each call (Jacob et al. 2018); on MPS they stay as they are.
-    PyTorch hands F.linear to any argument that has __torch_function__, so the models need not know.
+    def linear(self, x, bias=None):
+        """x (..., K) -> (..., N)"""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not F.linear:
+            raise TypeError(f"this weight can do no more than F.linear, not {function}")
+        x, weight, *bias = args
+        return weight.linear(x, *bias)
+
+
+class HalfWeight(Weight):
+    """bfloat16 or float16 on a CPU: a single row is multiplied by the kernel that is the fastest here."""
+
+    def __init__(self, w):
+        self.w = w.detach()
+
+    def linear(self, x, bias=None):
+        if x.numel() > x.size(-1):
+            return F.linear(x, self.w, bias)
+        y = fastest_row_kernel(self.w.dtype)(self.w, x.flatten()).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+
+
+def linear_without_onednn(w, x):
+    """F.linear by PyTorch's own loop: oneDNN rearranges a matrix as if for many rows."""
+    torch.backends.mkldnn.enabled = False
+    y = F.linear(x, w)
+    torch.backends.mkldnn.enabled = True
+    return y
+
+
+@lru_cache
+def fastest_row_kernel(dtype):
+    """-> the function (w (N, K), x (K,)) -> (N,) that is the fastest on this processor, timed for some
+    milliseconds on a matrix that no cache holds: on one with AMX torch.mv is twice as fast as F.linear, on
+    others it is not. torch.mv where the lead is small: the choice must not change from run to run."""
+    w, x, times = torch.ones(32000, 1024, dtype=dtype), torch.ones(1024, dtype=dtype), {}
+    for kernel in (torch.mv, linear_without_onednn):
+        kernel(w, x)
+        start = time.perf_counter()
+        for _ in range(3):
+            kernel(w, x)
+        times[kernel] = time.perf_counter() - start
+    return linear_without_onednn if times[linear_without_onednn] < 0.8 * times[torch.mv] else torch.mv
+
+
+class Int8Weight(Weight):
+    """8-bit integers. Each output channel n has one scale, s_n = max |w_n| / 127, and the integers
+    round(w_n / s_n): half the bytes of bfloat16. A CPU's fast kernel multiplies integers by integers, so
+    there the activations, in float32, are rounded too, by the range of each call (Jacob et al. 2018); on MPS
+    they stay as they are.
     """
 
     def __init__(self, w, round_activations):
         w, self.round_activations = w.detach().float(), round_activations
         self.scale = w.abs().amax(dim=1).clamp(min=1e-12) / 127
         if round_activations:
+            if torch.backends.quantized.engine == "none":       # macOS: it has a kernel, and chooses none
+                torch.backends.quantized.engine = "qnnpack"
             with warnings.catch_warnings():     # PyTorch 2.13 announces the end of this way, not yet another
                 warnings.filterwarnings("ignore", message=".*quantize_per_channel")
                 zero = torch.zeros(len(w), dtype=torch.int64)
@@ -181,7 +224,6 @@ class Int8Weight:
             self.packed = (w / self.scale[:, None]).round().to(torch.int8)
 
     def linear(self, x, bias=None):
-        """x (..., K) -> (..., N)"""
         if self.round_activations:      # reduce_range: 7 bits for x; 8 overflow where a CPU lacks VNNI
             y = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
         else:
@@ -189,28 +231,21 @@ class Int8Weight:
             y = torch._weight_int8pack_mm(rows, self.packed, scale).unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is not F.linear:
-            raise TypeError(f"an int8 weight can do no more than F.linear, not {function}")
-        x, weight, *bias = args
-        return weight.linear(x, *bias)
-
 
 def to_dtype(model, dtype):
-    """model for generation, its weights in dtype. torch.int8: the matrices become Int8Weights, for good; not
-    the embeddings, of which a token reads a single row."""
+    """model for generation, its weights in dtype, for good. In int8, and in a half precision on a CPU, its
+    matrices become Weights; not the embeddings, of which a token reads a single row."""
     set_matmul_precision(dtype)
-    if dtype != torch.int8:
-        return model.to(dtype)
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    model.to(torch.float32 if on_cpu else torch.float16)
+    int8, on_cpu = dtype == torch.int8, next(model.parameters()).device.type == "cpu"
+    model.to(dtype if not int8 else torch.float32 if on_cpu else torch.float16)
+    if not (int8 or on_cpu and dtype != torch.float32):
+        return model
     for module in model.modules():
         for name, w in list(module.named_parameters(recurse=False)):
             tiles = on_cpu or not (w.size(0) % 32 or w.size(-1) % 32)   # MPS's kernel takes tiles of 32 x 32
             if w.dim() == 2 and not isinstance(module, nn.Embedding) and tiles:
                 delattr(module, name)
-                setattr(module, name, Int8Weight(w, round_activations=on_cpu))
+                setattr(module, name, Int8Weight(w, round_activations=on_cpu) if int8 else HalfWeight(w))
     return model
 
 
@@ -297,9 +332,10 @@ def find_run(config):
 
 def main(argv):
     config = data.configure(SampleConfig, data.parse_args(argv, __doc__, SampleConfig))
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     out_dir, checkpoint = find_run(config)
     tok, device = data.load_tokenizer(str(out_dir / "tokenizer")), choose_device(config.device)
+    if config.export:
+        return export(build_model(checkpoint), tok, Path(config.export))
     dtype, _ = choose_dtype(config.dtype, device, training=False)
     model = to_dtype(build_model(checkpoint).to(device), dtype)
     facts = {"model": checkpoint["config"]["model"], "dataset": checkpoint["config"]["dataset"],
@@ -334,6 +370,40 @@ def grid(model, tok, config, facts, out_dir):
     path = out_dir / f"{Path(MODELS[facts['model']][2]).name}_inference_results.json"
     write_json(path, {**facts, "settings": settings, "results": results})
     print(f"[{len(results)} texts in {path}]")
+
+
+def export(model, tok, folder):
+    """Write model.safetensors, config.json, generation_config.json and the tokenizer into folder. The GPT is
+    then a GPT-2 for AutoModelForCausalLM.from_pretrained; the LSTM's layers have nn.LSTM's names."""
+    from safetensors.torch import save_file
+    c, tensors, is_gpt = model.config, {}, isinstance(model, GPT)
+    for name, w in model.state_dict().items():
+        if is_gpt and name.startswith("blocks"):
+            name = name.replace("blocks", "transformer.h")
+            w = w.t() if w.dim() == 2 else w            # GPT-2 keeps its matrices as (in, out)
+            if ".attn." in name:                        # and its attention has biases
+                tensors[name.replace("weight", "bias")] = torch.zeros(w.size(1))
+        elif is_gpt and not name.startswith("lm_head"):
+            name = f"transformer.{name}"
+        elif name.startswith("blocks"):
+            _, layer, part = name.split(".")
+            name = f"lstm.{part}_l{layer}"
+        tensors[name] = w.contiguous()
+    settings = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": c.block_size,
+                "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
+                "activation_function": "gelu_new", "tie_word_embeddings": False} if is_gpt else vars(c)
+    ends = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
+    facts = {"format": "pt"} if is_gpt else {"format": "pt", "residual": f"{c.residual}: if True, each layer "
+                                             "as wide as its input adds this input to its output"}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tok.save_pretrained(folder)
+    except Exception as error:          # its own kind of exception, where the disk is full
+        raise UserError(f"cannot write the tokenizer to {folder} ({data.first_line(error)})") from None
+    write_json(folder / "config.json", {**settings, **ends, "vocab_size": c.vocab_size, "dtype": "float32"})
+    write_json(folder / "generation_config.json", {**ends, "do_sample": True})
+    write_whole(folder / "model.safetensors", lambda p: save_file(tensors, p, facts))
+    print(f"written: {folder}/model.safetensors, with its configuration and tokenizer")
 
 
 if __name__ == "__main__":
