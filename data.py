@@ -25,6 +25,7 @@ import tempfile
 import textwrap
 import threading
 import typing
+from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -34,11 +35,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+# A closed one (`2>&-`) is None; whoever writes to it would fail.
+sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
 progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)   # seldom in a log
 FORMAT_VERSION = 1      # of data/NAME/; raised when an older folder can no longer be read
 SPLITS = ("train", "val", "test")
 BY_TENTHS = ("train",) * 8 + ("val", "test")            # of a document's hash, or of a text's length
 LONGEST_PART = 100_000  # characters encoded at once: a tokenizer needs some 200 bytes of memory for each
+LONGEST_LINE = 100_000_000      # characters: a .jsonl is read a line at a time
 
 
 @dataclass
@@ -74,14 +78,18 @@ def prepare(config):
     if not source and config.dataset not in PRESETS:
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
     if source and not Path(source).is_file():
-        raise UserError(f"no such file: {source}")
+        kind = "a folder, not a file" if Path(source).is_dir() else "no such file"
+        raise UserError(f"--source={source}: {kind}; name a .jsonl, .jsonl.zst or .txt")
     trained, one_text = config.tokenizer == "train", source.endswith(".txt")
     tok = None if trained else load_tokenizer(config.tokenizer)     # fails in seconds, before any download
     if not source and config.dataset == "plwiki":
         source = fetch_plwiki(target.parent / "speakleash")
 
+    left_out = Counter()
+
     def documents():
-        texts = read_documents(source, config.quality) if source else write_mini(config.seed)
+        left_out.clear()        # a source is read twice where a tokenizer is trained
+        texts = read_documents(source, config.quality, left_out) if source else write_mini(config.seed)
         return itertools.islice(texts, None if one_text else config.n_docs or None)
 
     target.parent.mkdir(exist_ok=True)
@@ -91,6 +99,8 @@ def prepare(config):
         if trained:
             print(f"training a tokenizer of {config.vocab_size:,} entries")
             tok = train_tokenizer(documents(), config.vocab_size)
+            if len(tok) < config.vocab_size:
+                print(f"it has {len(tok):,}: the text has no more pieces that come twice")
         try:
             tok.save_pretrained(new / "tokenizer")
         except Exception as error:      # its own kind of exception, where the disk is full
@@ -102,9 +112,11 @@ def prepare(config):
         splits = write_splits(parts, tok, new)
         meta = {"format_version": FORMAT_VERSION, "dataset": config.dataset, "quality": config.quality,
                 "source": source or config.dataset, "seed": config.seed, "tokenizer": config.tokenizer,
-                "vocab_size": len(tok), "splits": splits}
+                "vocab_size": tokenizer_size(tok), "splits": splits}
         (new / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
         replace_folder(target, new, old=Path(staging) / "old")
+    for why, n in left_out.items():
+        print(f"left out: {n:,} {why}")
     for name, s in splits.items():
         print(f"{target}/{name}.bin: {s['documents']:,} documents, {s['tokens']:,} tokens")
 
@@ -208,9 +220,9 @@ def replace_folder(target, new, old):
 # ----------------------------------------------------------------------------------------------------
 # Documents: a local file, or SpeakLeash's plwiki
 
-def read_documents(path, quality="ALL"):
-    """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt in pieces, blank ones left out; a progress
-    bar.
+def read_documents(path, quality, left_out):
+    """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt in pieces; a progress bar. Of what it leaves
+    out it keeps count in the Counter left_out.
 
     JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be missing.
     Raises UserError, which names the line, for anything else.
@@ -224,21 +236,30 @@ def read_documents(path, quality="ALL"):
     stream = io.TextIOWrapper(unpacked if path.suffix == ".zst" else file, encoding="utf-8-sig", newline="")
     with file, progress_bar(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
-            for n, text in enumerate(text_pieces(stream, size) if one_text else stream, 1):
+            lines = iter(partial(stream.readline, LONGEST_LINE), "")
+            for n, line in enumerate(text_pieces(stream, size) if one_text else lines, 1):
                 bar.update(file.tell() - bar.n)
-                if not one_text and not text.isspace():
-                    record = json.loads(text)
-                    label = (record.get("meta") or {}).get("quality") or quality
-                    text = record["text"] if quality in ("ALL", label) else ""
-                if text.strip():
+                text, label = line, None
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f"{path}, line {n}: longer than {LONGEST_LINE:,} characters")
+                if not one_text and not line.isspace():
+                    record = json.loads(line)
+                    text, label = record["text"], (record.get("meta") or {}).get("quality")
+                if not text.strip():
+                    left_out["blank documents"] += not one_text
+                elif quality not in ("ALL", label or quality):
+                    left_out[f"documents of quality {label}"] += 1
+                else:
                     found = True
                     yield text.encode("utf-8", "replace").decode()      # JSON can spell half a character
         except zstandard.ZstdError as error:
             raise UserError(f"{path} is not a zstd file, or a damaged one ({error})") from None
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 ({error.reason})") from None
+            raise UserError(f"{path} is not UTF-8 ({error.reason}): if it is in cp1250, say, convert it by "
+                            f"`iconv -f cp1250 -t utf-8 {path} > NEW`") from None
         except (KeyError, TypeError, AttributeError):
-            raise UserError(f'{path}, line {n}: not {{"text": "...", "meta": {{...}}}}') from None
+            raise UserError(f'{path}, line {n}: not {{"text": "...", "meta": {{...}}}} but '
+                            f"{line[:60].strip()}") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {n}: not JSON ({error})") from None
     if not found:
@@ -296,7 +317,8 @@ def train_tokenizer(texts, vocab_size):
     is the mark ▁ at the front of a word; decoding gives the text back unchanged. The vocabulary is learned
     from all splits: it only fixes the units, which both models share.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
     first = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
 
@@ -308,6 +330,9 @@ def train_tokenizer(texts, vocab_size):
         tok.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
         tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
                                          decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        # used elsewhere it puts <s> in front, as the report's does; encode below leaves that to its caller
+        tok.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", first.index("<s>"))])
         return tok
 
     def sample():       # the trainer keeps every distinct word; more text would hardly change the merges
@@ -319,8 +344,8 @@ def train_tokenizer(texts, vocab_size):
                 return
 
     draft, n_learned = tokenizer({}, []), vocab_size - len(first)
-    draft.train_from_iterator(sample(), trainers.BpeTrainer(vocab_size=n_learned, min_frequency=2,
-                                                            limit_alphabet=min(1000, n_learned)))
+    draft.train_from_iterator(sample(), BpeTrainer(
+        vocab_size=n_learned, min_frequency=2, limit_alphabet=min(1000, n_learned), show_progress=False))
     learned = json.loads(draft.to_str())["model"]
     by_id = sorted(learned["vocab"], key=learned["vocab"].get)
     vocab = {token: i for i, token in enumerate(first + [t for t in by_id if t not in first])}
@@ -336,29 +361,46 @@ def load_tokenizer(name):
     offline = local or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     if offline:     # set before the import, or the hub's client would wait and retry
         os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, logging
+    logging.set_verbosity_error()
     try:
         tok = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
-    except Exception as error:      # a damaged or foreign file can raise anything
+        size = tokenizer_size(tok)
+    except (KeyboardInterrupt, UserError):
+        raise
+    except BaseException as error:  # a damaged or foreign file can raise anything, even a panic of Rust's
         if offline and not local:
             raise UserError(f"the tokenizer {name!r} is not on this machine and the hub cannot be reached: "
                             f"{instead}") from None
         why = f"cannot load the tokenizer {name!r} ({first_line(error)})"
+        if Path(name, "tokenizer.model").exists() and not Path(name, "tokenizer.json").exists():
+            why = f"the tokenizer {name!r} is in SentencePiece's format: pip install sentencepiece"
         if local:
             raise UserError(why) from None
         why += ". Log in (`hf auth login`) and accept its licence on the hub, or"
         raise UserError(f"{why} {instead}") from None
     if tok.bos_token_id is None or tok.eos_token_id is None:
         raise UserError(f"the tokenizer {name!r} has no <s> and </s>")
-    if len(tok) > 65536:
-        raise UserError(f"the tokenizer {name!r} has {len(tok):,} entries, and a token is stored in 16 bits")
+    if size > 65536:
+        raise UserError(f"the tokenizer {name!r} has ids up to {size - 1:,}: above 16 bits, as it is stored")
     return tok
 
 
+def tokenizer_size(tok):
+    """One more than its highest id: len(tok), but for a tokenizer that leaves out some."""
+    return 1 + max(tok.get_vocab().values())
+
+
 def encode(tok, texts):
-    """Token ids of each text, without <s> and </s>; such marks inside a text are ordinary characters."""
-    return tok(texts, add_special_tokens=False, split_special_tokens=True,
-               return_attention_mask=False)["input_ids"]
+    """Token ids of each text, without <s> and </s>; such marks inside a text are ordinary characters. Raises
+    UserError where the tokenizer cannot."""
+    try:
+        return tok(texts, add_special_tokens=False, split_special_tokens=True,
+                   return_attention_mask=False)["input_ids"]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:          # a panic of Rust's is no Exception
+        raise UserError(f"the tokenizer fails on a text ({first_line(error)}): choose another") from None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -378,6 +420,8 @@ def load_dataset(name):
         if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] <= 65536:
             raise ValueError("vocab_size is not 1 to 65536")
         for split in SPLITS:
+            if not (folder / f"{split}.bin").is_file():
+                raise ValueError(f"{split}.bin is no file")
             tokens = splits[split] = np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r")
             facts = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
             if any(meta["splits"][split][key] != fact for key, fact in facts.items()):
@@ -488,6 +532,7 @@ def configure(config_class, *layers):
         if value is None and fields[key].default is None:
             continue
         if value not in choices if choices else type(value) is not kind:
+            value = value if isinstance(value, (int, float, str)) else type(value).__name__
             raise UserError(f"--{key}={value}: must be {' or '.join(choices) or kind.__name__}")
         if kind in (int, float) and not 0 <= value < 2 ** 63:       # nothing here means anything below zero
             raise UserError(f"--{key}={value}: must be a finite number, 0 or more")
@@ -515,6 +560,8 @@ def run(main):
     """main(arguments) as a program. Ctrl-C, SIGTERM, a reader that went away (| head), a file or disk that
     fails and too little memory end it without a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # an exit like any other: staging is removed
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors="replace")                    # a terminal may have no Polish letters
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

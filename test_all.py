@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -31,6 +32,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import zstandard
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import bench
@@ -467,6 +469,39 @@ def test_int8_weights_are_the_floats_rounded_per_output_channel(name, round_acti
     assert torch.equal(continuation(model, idx, 20, "cached"), continuation(model, idx, 20, "cached"))
 
 
+@pytest.mark.skipif("qnnpack" not in torch.backends.quantized.supported_engines, reason="needs qnnpack")
+def test_int8_works_where_pytorch_chose_no_engine(monkeypatch):
+    """As on macOS. Here the engine cannot be set to none, so a stand-in says so."""
+    chosen = SimpleNamespace(engine="none")
+    monkeypatch.setattr(torch.backends, "quantized", chosen)
+    Int8Weight(torch.ones(4, 8), True)
+    assert chosen.engine == "qnnpack"
+    monkeypatch.undo()
+    before, torch.backends.quantized.engine = torch.backends.quantized.engine, "qnnpack"
+    try:
+        w, x = torch.randn(64, 32), torch.randn(1, 3, 32)
+        assert (nn.functional.linear(x, Int8Weight(w, True)) - x @ w.T).norm() < 0.03 * (x @ w.T).norm()
+    finally:
+        torch.backends.quantized.engine = before
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_row_is_multiplied_alike_by_every_kernel(name, dtype, monkeypatch):
+    assert sample.fastest_row_kernel(dtype) in (torch.mv, sample.linear_without_onednn)
+    plain, ours = make(name).to(dtype), sample.to_dtype(make(name), dtype)
+    assert sum(isinstance(w, sample.HalfWeight) for m in ours.modules() for w in vars(m).values()) > 5
+    for kernel in torch.mv, sample.linear_without_onednn:
+        monkeypatch.setattr(sample, "fastest_row_kernel", lambda dtype: kernel)
+        for batch in 1, 3:
+            states = plain.init_state(batch), ours.init_state(batch)
+            for n in 5, 1, 1:       # the prompt, then single rows
+                idx = tokens(batch, n)
+                (expected, _), (got, _) = (m.step(idx, s) for m, s in zip((plain, ours), states))
+                assert (got - expected).float().norm() < 0.02 * expected.float().norm() > 0
+        assert torch.backends.mkldnn.enabled
+
+
 def test_what_each_dtype_means_for_a_device():
     refuses("for cpu and mps", train.choose_dtype, "int8", torch.device("cuda"))
     assert train.choose_dtype("auto", torch.device("mps"), training=False)[0] == torch.float16
@@ -476,8 +511,6 @@ def test_what_each_dtype_means_for_a_device():
     for dtype, precision in ((torch.bfloat16, "high"), (torch.float32, "highest")):
         model = sample.to_dtype(make("gpt"), dtype)
         assert model.wte.weight.dtype == dtype and torch.get_float32_matmul_precision() == precision
-    for _ in sample.generate(model, tokens(1, 5), 3):
-        assert torch.backends.mkldnn.enabled        # off while a token is made, and no longer
 
 
 def test_draws_follow_the_softmax_that_temperature_top_k_and_top_p_leave():
@@ -676,9 +709,11 @@ BAD_SOURCES = {
     "not.jsonl.zst": (b"plain text", "not a zstd file"),
     "broken.jsonl": (GOOD * 4999 + b"{oops\n", "line 5000: not JSON"),
     "deep.jsonl": (b"[" * 100_000 + b"\n", "line 1: not JSON"),
-    "notext.jsonl": (GOOD + b'{"meta": {}}\n', "line 2: not {"),
+    "notext.jsonl": (GOOD + b'{"content": "kot"}\n', '"meta": {...}} but {"content": "kot"}'),
+    "cut.jsonl.zst": (zstandard.compress(GOOD * 200_000)[:-99], "not JSON"),
+    "long.jsonl": (GOOD + b" " * 10_000, "line 2: longer than 10,000 characters"),
     "number.jsonl": (b'{"text": 5}\n', "line 1: not {"),
-    "latin2.txt": ("zażółć".encode("iso-8859-2"), "not UTF-8"),
+    "latin2.txt": ("zażółć".encode("iso-8859-2"), "convert it by `iconv"),
     "few.jsonl": (GOOD * 9, "too little text"),      # identical, so that they share a split
     "short.txt": (b"Dwa.", "too little text"),
     "wrong.csv": (b"a,b\n", ".jsonl, .jsonl.zst or .txt"),
@@ -686,8 +721,9 @@ BAD_SOURCES = {
 
 
 @pytest.mark.parametrize("name", BAD_SOURCES)
-def test_bad_sources_are_refused_and_leave_nothing(name, empty):
+def test_bad_sources_are_refused_and_leave_nothing(name, empty, monkeypatch):
     content, message = BAD_SOURCES[name]
+    monkeypatch.setattr(data, "LONGEST_LINE", 10_000 if name == "long.jsonl" else 200_000)
     Path(name).write_bytes(content)
     refuses(re.escape(message), prepare, "bad", name)
     assert not list(Path("data").iterdir())
@@ -824,12 +860,48 @@ def test_a_tokenizer_folder_never_runs_its_code(work, empty):
         assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize("damage", ["token", "cut", "missing", "meta", "vocabulary", "version"])
+FOREIGN = {     # tokenizers, each a function that changes a tokenizer.json
+    "high": (lambda t: t["model"]["vocab"].update(zzz=70_000), "ids up to 70,000"),
+    "hole": (lambda t: t["model"]["vocab"].update(zzz=700), None),
+    "no unknown": (lambda t: (t["model"].update(unk_token=None, byte_fallback=False)), None),
+    "panic": (lambda t: t["normalizer"].update(type="Precompiled", precompiled_charsmap="AAAA"), "cannot"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_tokenizers_are_used_or_refused(kind, work, empty):
+    change, message = FOREIGN[kind]
+    shutil.copytree(work / "data/tiny/tokenizer", "foreign")
+    tokenizer = json.loads(Path("foreign/tokenizer.json").read_text())
+    change(tokenizer)
+    Path("foreign/tokenizer.json").write_text(json.dumps(tokenizer))
+    write_jsonl("a.jsonl", [*data.write_mini(7, 300), "zażółć 🦊"])
+    if message:
+        return refuses(message, prepare, "a", "a.jsonl", "--tokenizer=foreign")
+    prepare("a", "a.jsonl", "--tokenizer=foreign")
+    meta, splits = data.load_dataset("a")
+    assert meta["vocab_size"] == (701 if kind == "hole" else 512) > max(t.max() for t in splits.values())
+
+
+def test_a_tokenizer_in_sentencepieces_format_is_named_and_what_is_left_out_counted(empty, capsys):
+    Path("piece").mkdir()
+    Path("piece/tokenizer.model").write_bytes(b"\x0a\x0e")
+    refuses("pip install sentencepiece", data.load_tokenizer, "piece")
+    rows = [{"text": t, "meta": {"quality": q}} for t in data.write_mini(7, 100) for q in ("HIGH", "LOW")]
+    Path("a.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": " "}]) + "\n\n")
+    prepare("a", "a.jsonl", "--vocab_size=32000")
+    said = capsys.readouterr().out
+    assert "left out: 100 documents of quality LOW" in said and "left out: 2 blank documents" in said
+    assert re.search(r"it has [\d,]+: the text has no more pieces", said)
+
+
+@pytest.mark.parametrize("damage", ["token", "cut", "missing", "pipe", "meta", "vocabulary", "version"])
 def test_damaged_data_folders_are_refused(damage, spoilable):
     binary, meta_json = Path("data/tiny/val.bin"), Path("data/tiny/meta.json")
     raw, meta = binary.read_bytes(), json.loads(meta_json.read_text())
     {"token": lambda: binary.write_bytes(b"\xff\xff" + raw[2:]), "cut": lambda: binary.write_bytes(raw[:-1]),
-     "missing": binary.unlink, "meta": lambda: meta_json.write_text("{"),
+     "missing": binary.unlink, "pipe": lambda: [binary.unlink(), os.mkfifo(binary)],
+     "meta": lambda: meta_json.write_text("{"),
      "vocabulary": lambda: meta_json.write_text(json.dumps({**meta, "vocab_size": 100})),
      "version": lambda: meta_json.write_text(json.dumps({**meta, "format_version": 99}))}[damage]()
     refuses("damaged", data.load_dataset, "tiny")
@@ -887,6 +959,16 @@ def test_mistakes_end_in_one_clear_line(script, keys, message, here):
     main, before = {"train": train, "sample": sample, "bench": bench, "data": data}[script].main, files()
     refuses(re.escape(message), main, keys.split())
     assert files() == before
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_stream_or_one_without_polish_letters_is_no_traceback(closed, here):
+    """bash closes the stream; the terminal knows ASCII alone."""
+    line = f"{sys.executable} {HERE / 'sample.py'} --max_new_tokens=5 {closed}"
+    done = subprocess.run(["bash", "-c", line], env={**os.environ, "PYTHONIOENCODING": "ascii"},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.startswith("Polska to pi?kny kraj.") or closed == ">&-"
 
 
 def test_keys_are_of_their_fields_types():
@@ -996,7 +1078,8 @@ def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(na
                               5e-4, (0.9, 0.95))
     muon = torch.optim.Muon(matrices, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     # PyTorch's always rounds to bfloat16
-    for model, optimizers in ((ours, train.make_optimizers(ours, config, torch.bfloat16)), (theirs, [adamw, muon])):
+    optimizers = train.make_optimizers(ours, config, torch.bfloat16)
+    for model, optimizers in (ours, optimizers), (theirs, [adamw, muon]):
         for _ in range(4):
             model(*inputs_and_targets())[1].backward()
             for optimizer in optimizers:
@@ -1168,7 +1251,8 @@ def test_a_resumed_run_takes_new_settings_and_keeps_the_best_weights(here):
     assert [m["step"] for m in metrics_of("out/best")] == [0, 4, 6, 7]
     assert (results["best_step"], results["val_loss"]) == (1000, 1.25)
     last = Path("out/best/last.pt").read_bytes()
-    for damage, message in ((lambda: path.write_bytes(b"x"), "damaged"), (path.unlink, "no checkpoint at")):
+    for damage, message in ((lambda: path.write_bytes(b"x"), "damaged"),
+                            (path.unlink, "no checkpoint at .*train.py --out_dir=")):
         damage()
         refuses(message, resume, "out/best", "--max_iters=12")
     assert Path("out/best/last.pt").read_bytes() == last
@@ -1393,6 +1477,8 @@ DAMAGES = {     # of a checkpoint, each a function that changes it
     "state": lambda c: c.pop("state"),
     "sparse": lambda c: c["model"].update({"wpe.weight": c["model"]["wpe.weight"].to_sparse()}),
     "code": lambda c: c.update(model=Hostile()),
+    "sha": lambda c: c.pop("data_sha256"),
+    "nested": lambda c: c["config"].update(learning_rate=functools.reduce(lambda v, _: [v, v], range(40), 0)),
     "expanded": lambda c: c.update(expanded(c)),
 }
 
@@ -1410,7 +1496,15 @@ def expanded(checkpoint):
     return {"model_config": config, "model": {k: torch.zeros(1).expand(v.shape) for k, v in large.items()}}
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", *DAMAGES])
+def compressed(path):
+    """The same entries, which now can unpack to any size."""
+    with zipfile.ZipFile(path) as before, zipfile.ZipFile("small", "w", zipfile.ZIP_DEFLATED) as after:
+        for entry in before.infolist():
+            after.writestr(entry.filename, before.read(entry))
+    return Path("small").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "compressed", *DAMAGES])
 def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
     path, raw = tmp_path / "ckpt.pt", Path("outputs/transformer/ckpt.pt").read_bytes()
     if damage in DAMAGES:
@@ -1418,7 +1512,8 @@ def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
         DAMAGES[damage](checkpoint)
         torch.save(checkpoint, path)
     else:
-        path.write_bytes({"cut": raw[:len(raw) // 2], "text": b"ala ma kota", "empty": b""}[damage])
+        path.write_bytes({"cut": raw[:len(raw) // 2], "text": b"ala ma kota", "empty": b"",
+                          "compressed": compressed("outputs/transformer/ckpt.pt")}[damage])
     refuses("ckpt.pt is damaged", train.load_checkpoint, path)
     assert not Path("ran").exists()
 
@@ -1617,6 +1712,37 @@ def test_sample_streams_text_and_repeats_itself(name, work, empty, capsys):
     assert f"[{name}, tiny" in capsys.readouterr().out
 
 
+@BOTH
+def test_an_exported_model_says_the_same_elsewhere(name, work, empty):
+    """The GPT in transformers, loaded as any GPT-2; the LSTM layer by layer in nn.LSTM."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    shutil.copytree(work / "outputs", "outputs")
+    command("sample.py", f"--model={name}", "--export=away/model")
+    ours = train.build_model(train.load_checkpoint(Path(train.MODELS[name][2], "ckpt.pt")))
+    tok = AutoTokenizer.from_pretrained("away/model")
+    idx = tok("Dawno temu", return_tensors="pt").input_ids
+    assert idx[0, 0] == tok.bos_token_id and (idx[0, 1:] != tok.bos_token_id).all()
+    if name == "gpt":
+        theirs = AutoModelForCausalLM.from_pretrained("away/model").eval()
+        assert close([ours(idx, idx)[0]], [theirs(idx).logits], 1e-4)
+        greedy = theirs.generate(idx, do_sample=False, max_new_tokens=20, eos_token_id=None)
+        assert torch.equal(continuation(ours, idx, 20, "cached", temperature=0), greedy[:, idx.size(1):])
+        return
+    with safe_open("away/model/model.safetensors", "pt") as file:
+        assert file.metadata()["residual"].startswith("True: ")
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    x = tensors["wte.weight"][idx]
+    for layer in range(ours.config.n_layer):
+        weights = {k.removeprefix("lstm.").replace(f"_l{layer}", "_l0"): w for k, w in tensors.items()
+                   if k.endswith(f"_l{layer}")}
+        lstm = nn.LSTM(x.size(-1), ours.config.n_hidden, batch_first=True)
+        lstm.load_state_dict(weights)
+        y = lstm(x)[0]
+        x = x + y if x.shape == y.shape else y
+    assert close([ours(idx, idx)[0]], [x @ tensors["lm_head.weight"].t() + tensors["lm_head.bias"]], 1e-4)
+
+
 @pytest.fixture
 def small_bench(monkeypatch):
     """bench.py on small stand-ins: the full sizes take minutes."""
@@ -1633,7 +1759,7 @@ def test_bench_times_generation_and_writes_each_row_as_it_comes(empty, small_ben
     assert {(r["model"], r["mode"], r["dtype"]) for r in rows} == {(m, *w) for m in SIZES for w in ways}
     naive = {r["model"]: r["tokens_per_second"] for r in rows if r["mode"] == "naive"}
     for row in rows:
-        assert min(row["tokens_per_second"], row["bandwidth_share"], row["bandwidth_gb_per_second"]) > 0
+        assert min(row[k] for k in ("tokens_per_second", "first_token_ms", "bandwidth_share")) > 0
         assert row["ratio"] == pytest.approx(row["tokens_per_second"] / naive[row["model"]], abs=0.01)
     assert Path("outputs/bench.png").read_bytes()[:4] == b"\x89PNG" and "16.5" in capsys.readouterr().out
 

@@ -17,12 +17,14 @@ import fcntl
 import json
 import math
 import os
+import pickle
 import platform
 import resource
 import shutil
 import signal
 import sys
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -75,7 +77,7 @@ class TrainConfig:
     save_minutes: float = 1.0           # minutes between saves, which a kill can lose; 0: at every step
     wandb_log: bool = False             # log to Weights & Biases; WANDB_MODE=offline needs no account
     wandb_project: str = "polish-lm"    # project name there
-    wandb_run_name: str = ""            # run name there; empty: chosen by it
+    wandb_run_name: str = ""            # run name there; empty: the model and the dataset
     # machine
     seed: int = 1337                    # of the start weights, the order of the data and dropout
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
@@ -157,6 +159,7 @@ class Trainer:
         self.forward = compiled(self.ddp, config, self.device)  # after DDP, so that the exchange overlaps
 
         self.best = None                # the best checkpoint, until it is on disk
+        self.trained = False            # and saved: only the final test is left
         self.signals = []               # those that told this run to stop
         self.pulse = torch.zeros(())    # loss + norm of the gradient of the last step: finite where both are
         self.wandb_run = None
@@ -194,11 +197,12 @@ class Trainer:
         self.clock = self.mark = time.perf_counter()    # mark: since when tokens/s are counted
         self.mark_step, saved_at = state.step, -math.inf
         self.bar = progress_bar(total=1.0, initial=min(1.0, share_done(config, state)), desc=config.model,
-                                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}",
+                                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
                                 smoothing=0, disable=not self.is_main)
         while True:
             stopping = self.tick()
             done = share_done(config, state)
+            self.bar.update(max(0.0, done - self.bar.n))
             last = state.metrics[-1]["step"] if state.metrics else -1
             due = last < state.step and (done >= 1 or state.step % config.eval_interval == 0)
             if last < 0 or due and not stopping:    # a stopped run leaves it to the resumed one, but for the
@@ -210,9 +214,9 @@ class Trainer:
                 saved_at = time.perf_counter()
             if state.step % config.log_interval == 0 and state.step > self.mark_step:
                 self.log()
-            self.bar.update(max(0.0, done - self.bar.n))
             self.train_step()
         self.save()
+        self.trained = True
         self.bar.close()
 
     def tick(self):
@@ -268,6 +272,7 @@ class Trainer:
     def evaluate_and_log(self):
         """Measure train and val loss, always on the same windows, spread over each split; keep the best."""
         self.check_finite()             # also waits for the device, so that speed is that of finished work
+        self.bar.set_description_str(f"{self.config.model}, evaluating")
         config, state, speed = self.config, self.state, self.tokens_per_second()
         row = {"step": state.step, "tokens_seen": state.step * self.tokens_per_step,
                "minutes": round(state.minutes, 4)}
@@ -288,7 +293,9 @@ class Trainer:
             write_whole(self.out_dir / "metrics.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
             self.log_wandb({k.replace("train_", "train/").replace("val_", "val/"): v for k, v in row.items()})
             self.bar.write(f"step {state.step}: train {row['train_loss']:.4f}, val {row['val_loss']:.4f}, "
-                           f"perplexity {row['val_perplexity']:.2f}, {speed:,.0f} tokens/s")
+                           f"perplexity {row['val_perplexity']:.2f}"
+                           + f", {speed:,.0f} tokens/s" * (speed > 0))
+        self.bar.set_description_str(config.model, refresh=False)
         self.mark, self.mark_step = time.perf_counter(), state.step
 
     @torch.no_grad()
@@ -317,9 +324,10 @@ class Trainer:
         """Show the loss of the last step, and the speed."""
         self.check_finite()
         loss, speed = self.loss.item(), self.tokens_per_second()
-        self.bar.set_postfix_str(f"step {self.state.step}, loss {loss:.3f}, {speed:,.0f} tokens/s, "
-                                 f"{speed * self.model.flops_per_token() / 1e12:.2f} TFLOP/s", refresh=False)
-        self.log_wandb({"train/loss": loss, "tokens_per_second": speed})
+        self.bar.set_postfix_str(f"step {self.state.step}, loss {loss:.3f}, {speed:,.0f} tokens/s",
+                                 refresh=False)
+        self.log_wandb({"train/loss": loss, "tokens_per_second": speed,
+                        "tokens_seen": self.state.step * self.tokens_per_step})
 
     def checkpoint(self):
         """What ckpt.pt and last.pt have in common. ckpt.pt's last line of metrics is that of its weights."""
@@ -393,16 +401,20 @@ class Trainer:
                 "test_loss_by_position": [round(x, 4) for x in by_position.tolist()]}
             write_json(self.out_dir / "results.json", results)
             print(f"test loss {loss:.4f}, perplexity {perplexity(loss):.2f}; "
-                  f"now try: python sample.py --model={self.config.model}")
+                  f"now try: python sample.py {key_of_folder(self.out_dir)}")
             if self.wandb_run:
+                may_fail("wandb", lambda: self.wandb_run.summary.update(
+                    {k: v for k, v in results.items() if k not in ("config", "test_loss_by_position")}))
                 may_fail("wandb", self.wandb_run.finish)
 
     def start_wandb(self):
         """Log to Weights & Biases from now on; a resumed run goes on in its run there."""
         import wandb
         config, run_id = self.config, self.state.wandb_id or None
-        self.wandb_run = wandb.init(project=config.wandb_project, name=config.wandb_run_name or None,
-                                    config={**asdict(config), **asdict(self.model.config)}, id=run_id,
+        settings = {**asdict(config), **asdict(self.model.config), "device": device_name(self.device),
+                    "dtype": str(self.dtype).removeprefix("torch.")}
+        self.wandb_run = wandb.init(project=config.wandb_project, config=settings, id=run_id,
+                                    name=config.wandb_run_name or f"{config.model}-{config.dataset}",
                                     resume="allow" if run_id else None, dir=config.out_dir)
         self.state.wandb_id = self.wandb_run.id
 
@@ -416,7 +428,9 @@ class Trainer:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self.is_main:
             with suppress(OSError):     # not print: a signal can come in the midst of one
-                os.write(2, b"\nstopping: this step, then a save and the final test; Ctrl-C ends at once\n")
+                doing = b"the run is saved, the final test goes on" if self.trained else \
+                        b"stopping: this step, then a save and the final test"
+                os.write(2, b"\n" + doing + b"; a second Ctrl-C ends at once and loses nothing saved\n")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -653,7 +667,8 @@ def write_whole(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:    # torch.save on a full disk: RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({first_line(error)}); what was there is whole") from None
+        why = isinstance(error, OSError) and error.strerror or "is the disk full?"
+        raise UserError(f"cannot write {path} ({why}); what was there is whole") from None
 
 
 def write_json(path, value):
@@ -666,21 +681,30 @@ def shapes(tensors):
     return {k: (v.shape, v.dtype, v.layout) for k, v in tensors.items()}
 
 
+def key_of_folder(out_dir):
+    """The key by which sample.py and train.py find a run's folder."""
+    models = {Path(folder): name for name, (_, _, folder) in MODELS.items()}
+    return f"--model={models[out_dir]}" if out_dir in models else f"--out_dir={out_dir}"
+
+
 def load_checkpoint(path):
     """The dict that Trainer.save wrote to path, on the CPU, its state as a State. Raises UserError where it
     is missing or not one of ours: it may come from a stranger, so it must not run code, and all that the
     weights are copied to is held against the configuration before anything is built from it."""
     if not path.is_file():
-        model = "".join(f" --model={m}" for m in MODELS if m != "gpt" and MODELS[m][2] == str(path.parent))
-        raise UserError(f"no checkpoint at {path}: run `python train.py{model}` first")
+        raise UserError(f"no checkpoint at {path}: run `python train.py {key_of_folder(path.parent)}` first")
     try:
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:      # compressed, which torch.save's is not, it could be huge
+            if any(entry.compress_type or entry.file_size > size for entry in archive.infolist()):
+                raise ValueError("it is compressed")
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if saved.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"format {saved.get('format_version')}, this code reads {FORMAT_VERSION}")
+            raise ValueError(f"of another version of this project, not of format {FORMAT_VERSION}")
         model_class, config_class, _ = MODELS[saved["config"]["model"]]
         model_config = data.configure(config_class, saved["model_config"])
         saved["config"] = asdict(data.configure(TrainConfig, saved["config"]))
-        saved["model_config"], saved["data_sha256"] = asdict(model_config), str(saved["data_sha256"])
+        saved["model_config"] = asdict(model_config)
         state = saved["state"] = data.configure(State, saved["state"])
         state.metrics = [{k: row[k] for k in METRICS} for row in state.metrics]
         numbers = [v for row in state.metrics for v in row.values()]
@@ -692,10 +716,13 @@ def load_checkpoint(path):
             expected = model_class(model_config).state_dict()
         if shapes(saved["model"]) != shapes(expected) or not all(v.is_cpu for v in saved["model"].values()):
             raise ValueError("its weights are not those of its configuration")
-        if sum(v.nbytes for v in expected.values()) > path.stat().st_size:
+        if sum(v.nbytes for v in expected.values()) > size:
             raise ValueError("it is smaller than its weights")
+        if type(saved["data_sha256"]) is not str:
+            raise ValueError("it does not know its data")
     except (Exception, UserError) as error:     # a damaged file can raise anything
-        raise UserError(f"{path} is damaged or no checkpoint of this project ({first_line(error)})") from None
+        why = "it holds code" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise UserError(f"{path} is damaged or no checkpoint of this project ({why})") from None
     return saved
 
 
