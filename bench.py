@@ -9,8 +9,8 @@ compare finished runs.
     python bench.py --help
 
 naive: the whole context is computed anew for each token, as the report did; cached: only the newest token
-is; graph: that in one launch. Prints a table, writes bench.json and a bar chart. Times the loop of sample.py
-and the train_step of train.py as they are.
+is; graph: that in one launch. Prints a table, writes bench.json, with --train bench_training.json, and a bar
+chart beside it. Times the loop of sample.py and the train_step of train.py as they are.
 """
 import json
 import statistics
@@ -49,7 +49,7 @@ class BenchConfig:
     new_tokens: int = 248           # to generate after a prompt of 8; 248 fills the GPT's window of 256
     batch_size: int = 0             # sequences at once; 0: 1, to train the report's 32
     repeats: int = 3                # runs of which the median counts
-    out_dir: str = "outputs"        # where bench.json and the chart go
+    out_dir: str = "outputs"        # where the JSON file and the chart go
 
     def __post_init__(self):
         if self.new_tokens < 2 or self.repeats < 1:     # the first token is not timed: see cached_seconds
@@ -294,26 +294,21 @@ def main(argv):
     devices = [choose_device(d) for d in (devices_present() if config.device == "all" else [config.device])]
     out_dir.mkdir(parents=True, exist_ok=True)
     machine = "; ".join(device_name(d) for d in devices) + f"; torch {torch.__version__}"
-    kind, bench, chart = ("training", bench_training, "bench_training.png") if config.train else \
-                         ("generation", bench_generation, "bench.png")
+    kind, bench, path = ("training", bench_training, out_dir / "bench_training.json") if config.train else \
+                        ("generation", bench_generation, out_dir / "bench.json")
     what = f"{kind} at batch {config.batch_size}"
     print(f"{machine}; {what}" + ("" if config.train else f", {PROMPT_TOKENS} + {config.new_tokens} tokens"))
-    path, report = out_dir / "bench.json", {"machine": machine, "generation": [], "training": []}
-    try:                    # the other kind's rows are kept, if they are of this machine
-        before = json.loads(path.read_text(encoding="utf-8"))
-        report = before if before["machine"] == machine else report
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    report[kind] = []
+    rows = []
     for name in MODELS if config.model == "all" else [config.model]:
         for device in devices:
             for row in bench(name, device, config):
-                report[kind].append(row)
+                rows.append(row)
                 print(show(row), flush=True)
-                write_json(path, report)        # each as it is measured: an error later on loses nothing
+                # each as it is measured: an error later on loses nothing
+                write_json(path, {"machine": machine, "what": what, "rows": rows})
     print(REPORT[kind])
-    plot_bars(report[kind], out_dir / chart, f"{what.capitalize()}\n{machine}")
-    print(f"written: {path}, {out_dir / chart}")
+    plot_bars(rows, path.with_suffix(".png"), f"{what.capitalize()}\n{machine}")
+    print(f"written: {path}, {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty()
 FORMAT_VERSION = 1      # of data/NAME/; raised when an older folder can no longer be read
 SPLITS = ("train", "val", "test")
 BY_TENTHS = ("train",) * 8 + ("val", "test")            # of a document's hash, or of a text's length
-LONGEST_PART = 100_000  # characters encoded at once: a tokenizer needs some 200 bytes of memory for each
+LONGEST_PART = 25_000   # characters of a text encoded at once; 64 of these parts are held in memory
 LONGEST_LINE = 100_000_000      # characters: a .jsonl is read a line at a time
 
 
@@ -127,7 +127,7 @@ def write_splits(parts, tok, folder):
     facts = {split: {"documents": 0, "tokens": 0, "sha256": hashlib.sha256()} for split in SPLITS}
     with ExitStack() as stack:
         files = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS}
-        for batch in in_batches(parts):
+        while batch := list(itertools.islice(parts, 64)):
             for (split, _, opens, closes), ids in zip(batch, encode(tok, [part[1] for part in batch])):
                 # opens and closes are bools: none or one
                 ids = [tok.bos_token_id] * opens + ids + [tok.eos_token_id] * closes
@@ -173,19 +173,6 @@ def cut(text, most=LONGEST_PART):
         yield text[start:start + most if end < 0 else end]
         start = start + most if end < 0 else end + 1
     yield text[start:]
-
-
-def in_batches(parts, characters=500_000):
-    """Lists of parts of about so many characters together: what is held in memory at once."""
-    batch, size = [], 0
-    for part in parts:
-        batch.append(part)
-        size += len(part[1])
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def dataset_folder(name):
@@ -457,10 +444,9 @@ def get_batch(tokens, windows, block_size, device):
     """Windows by number -> idx and targets (B, T) int64 on device: targets are the tokens after idx."""
     rows = np.stack([tokens[w * block_size:(w + 1) * block_size + 1] for w in map(int, windows)])
     batch = torch.from_numpy(rows.astype(np.int64))
-    if torch.device(device).type == "cuda":     # from pinned memory the copy runs beside the computation
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    else:
-        batch = batch.to(device)
+    if torch.device(device).type == "cuda":
+        batch = batch.pin_memory()      # from there the copy runs beside the computation
+    batch = batch.to(device, non_blocking=True)
     return batch[:, :-1], batch[:, 1:]
 
 
