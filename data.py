@@ -457,7 +457,7 @@ class UserError(SystemExit):
     """A mistake the user can mend. Raised anywhere, it ends the program with one line and exit code 1."""
 
     def __init__(self, message):
-        super().__init__(f"error: {message}")
+        super().__init__("error: " + message.replace("\n", " "))
 
 
 def first_line(error):

@@ -908,6 +908,7 @@ def test_damaged_data_folders_are_refused(damage, spoilable):
 MISTAKES = [
     ("train", "--learning_rat=1e-3", "did you mean --learning_rate?"),
     ("train", "--learning=1e-3", "unknown key --learning,"),
+    ("train", "--two\nlines=1", "unknown key --two lines"),
     ("train", "--n_head=4 --model=lstm", "unknown key --n_head"),
     ("train", "batch_size=3", "--key=value"),
     ("train", "--batch_size", "--batch_size"),
@@ -952,7 +953,7 @@ def test_mistakes_end_in_one_clear_line(script, keys, message, here):
         return {p for p in here.rglob("*") if "out" not in p.relative_to(here).parts and p.suffix != ".lock"}
 
     main, before = {"train": train, "sample": sample, "bench": bench, "data": data}[script].main, files()
-    refuses(re.escape(message), main, keys.split())
+    refuses(re.escape(message), main, keys.split(" "))
     assert files() == before
 
 

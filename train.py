@@ -43,6 +43,9 @@ from model_lstm import LSTM, LSTMConfig
 FORMAT_VERSION = 5      # of the checkpoints; raised when an older one can no longer be read
 # key: (class, config, default folder, named as the report names it)
 MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
+# Which of how many processes this is, as torchrun says. The first one writes and prints.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+IS_MAIN = RANK == 0
 
 
 @dataclass
@@ -144,8 +147,6 @@ class Trainer:
         self.config, self.model, self.splits, self.data_sha256 = config, model, splits, data_sha256
         self.state, self.out_dir = State(), Path(config.out_dir)
         self.device, self.block_size = next(model.parameters()).device, model.config.block_size
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.is_main = self.rank == 0       # the process that writes and prints
         self.tokens_per_step = config.batch_size * config.gradient_accumulation_steps * self.block_size
         self.n_windows = {split: data.count_windows(t, self.block_size) for split, t in splits.items()}
         self.dtype, self.reason = choose_dtype(config.dtype, self.device)
@@ -155,7 +156,7 @@ class Trainer:
         # In float16 small gradients vanish: there the loss is scaled up, and a step whose gradient then
         # overflows is left out. Elsewhere the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.ddp = DistributedDataParallel(model) if self.world_size > 1 else model
+        self.ddp = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
         self.forward = compiled(self.ddp, config, self.device)  # after DDP, so that the exchange overlaps
 
         self.best = None                # the best checkpoint, until it is on disk
@@ -166,7 +167,7 @@ class Trainer:
 
     def run(self):
         """The whole run, with Ctrl-C and the like answered by request_stop."""
-        if self.is_main:
+        if IS_MAIN:
             self.announce()
         signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
         signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]     # nohup ignores SIGHUP
@@ -198,7 +199,7 @@ class Trainer:
         self.mark_step, saved_at = state.step, -math.inf
         self.bar = progress_bar(total=1.0, initial=min(1.0, share_done(config, state)), desc=config.model,
                                 bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-                                smoothing=0, disable=not self.is_main)
+                                smoothing=0, disable=not IS_MAIN)
         while True:
             stopping = self.tick()
             done = share_done(config, state)
@@ -224,7 +225,7 @@ class Trainer:
         now = time.perf_counter()
         minutes = self.state.minutes + (now - self.clock) / 60
         shared, self.clock = torch.tensor([minutes, len(self.signals)], dtype=torch.float64), now
-        if self.world_size > 1:
+        if WORLD_SIZE > 1:
             dist.all_reduce(shared, dist.ReduceOp.MAX)
         self.state.minutes, signals = shared.tolist()
         return signals > 0
@@ -235,12 +236,12 @@ class Trainer:
         config, state, n = self.config, self.state, self.config.gradient_accumulation_steps
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             group["lr"] = group["highest_lr"] * schedule_at(config, state)
-        torch.manual_seed(config.seed + state.step * self.world_size + self.rank)
+        torch.manual_seed(config.seed + state.step * WORLD_SIZE + RANK)
         for i in range(n):
             windows = data.train_windows(self.n_windows["train"], state.step * n + i, config.batch_size,
-                                         config.seed, self.rank, self.world_size)
+                                         config.seed, RANK, WORLD_SIZE)
             idx, targets = data.get_batch(self.splits["train"], windows, self.block_size, self.device)
-            exchange = self.world_size == 1 or i == n - 1   # of gradients, between processes
+            exchange = WORLD_SIZE == 1 or i == n - 1   # of gradients, between processes
             with nullcontext() if exchange else self.ddp.no_sync():
                 with self.autocast:
                     loss = self.forward(idx, targets)[1]
@@ -287,7 +288,7 @@ class Trainer:
         state.metrics.append(row)
         better = row["val_loss"] < state.best_val
         state.best_val = min(state.best_val, row["val_loss"])
-        if self.is_main:
+        if IS_MAIN:
             self.best = copy.deepcopy(self.checkpoint()) if better else self.best
             lines = "".join(json.dumps(row) + "\n" for row in state.metrics)
             write_whole(self.out_dir / "metrics.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
@@ -304,14 +305,14 @@ class Trainer:
         takes its share."""
         self.model.eval()
         total = torch.zeros(self.block_size + 1, dtype=torch.float64)   # summed loss by position; windows
-        mine, size = windows[self.rank::self.world_size], self.config.batch_size // self.world_size
+        mine, size = windows[RANK::WORLD_SIZE], self.config.batch_size // WORLD_SIZE
         for i in progress_bar(range(0, len(mine), size), desc=split, disable=not progress):
             idx, targets = data.get_batch(self.splits[split], mine[i:i + size], self.block_size, self.device)
             with self.autocast:
                 losses = self.model(idx, targets, reduction="none")[1]
             total[:-1] += losses.sum(dim=0).cpu()
             total[-1] += len(idx)
-        if self.world_size > 1:
+        if WORLD_SIZE > 1:
             dist.all_reduce(total)
         self.model.train()
         return total[:-1] / total[-1]
@@ -338,7 +339,7 @@ class Trainer:
     def save(self):
         """Write what a resumed run needs: ckpt.pt where there is a better one, and last.pt."""
         self.check_finite()
-        if not self.is_main:
+        if not IS_MAIN:
             return
         (self.out_dir / "results.json").unlink(missing_ok=True)         # of an earlier end
         if self.best:
@@ -377,17 +378,17 @@ class Trainer:
     def finish(self):
         """Score the best checkpoint on the whole test split, and write results.json, the last file."""
         state, tokens = self.state, self.state.step * self.tokens_per_step
-        if self.is_main:
+        if IS_MAIN:
             best = load_checkpoint(self.out_dir / "ckpt.pt")
             row = best["state"].metrics[-1]
             self.model.load_state_dict(best["model"])
             may_fail("the picture", lambda: plot_curves(self, row))
             print(f"the best checkpoint, of step {row['step']}, on the whole test split:")
-        if self.world_size > 1:
+        if WORLD_SIZE > 1:
             for p in self.model.parameters():
                 dist.broadcast(p.data, 0)
-        by_position = self.evaluate("test", np.arange(self.n_windows["test"]), progress=self.is_main)
-        if self.is_main:
+        by_position = self.evaluate("test", np.arange(self.n_windows["test"]), progress=IS_MAIN)
+        if IS_MAIN:
             loss = by_position.mean().item()
             results = {
                 "test_loss": loss, "test_perplexity": perplexity(loss),
@@ -426,7 +427,7 @@ class Trainer:
         """The first Ctrl-C or SIGTERM finishes the step, saves and scores; a second Ctrl-C ends at once."""
         self.signals.append(signum)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.is_main:
+        if IS_MAIN:
             with suppress(OSError):     # not print: a signal can come in the midst of one
                 doing = b"the run is saved, the final test goes on" if self.trained else \
                         b"stopping: this step, then a save and the final test"
@@ -500,7 +501,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                mean = self.state[p]["mean"]
                 mean.lerp_(p.grad, 1 - self.momentum)
                 ahead = p.grad.lerp(mean, self.momentum)        # as Nesterov: where the mean will be next
                 step = orthogonal(ahead.to(self.dtype)).to(p.dtype)
@@ -771,10 +774,10 @@ def new_folder(out_dir, summary, tokenizer):
 
 # ----------------------------------------------------------------------------------------------------
 
-def new_run(keys, is_main):
+def new_run(keys):
     """The settings of a new run, as layers for data.configure; keys: what was typed."""
     dataset = keys.get("dataset") or ("plwiki" if Path("data/plwiki/meta.json").exists() else "mini")
-    if dataset == "mini" and not keys.get("dataset") and is_main:
+    if dataset == "mini" and not keys.get("dataset") and IS_MAIN:
         print("data/plwiki is not prepared (see data.py): training on the embedded dataset, mini")
     mini = MINI if dataset == "mini" else {}
     return [mini, RECIPES[keys.get("recipe", "tuned")], keys, {"dataset": dataset}]
@@ -797,7 +800,7 @@ def check_sizes(config, model_config, splits):
     if min(n_windows.values()) < 1 or sequences > n_windows["train"]:
         raise UserError(f"data/{config.dataset} is too small for steps of {sequences} windows of "
                         f"{model_config.block_size} tokens: it holds {n_windows}")
-    if config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+    if config.batch_size % WORLD_SIZE:
         raise UserError(f"batch_size {config.batch_size} is no multiple of the number of processes")
 
 
@@ -805,33 +808,31 @@ def main(argv):
     keys = data.parse_args(argv, __doc__, TrainConfig, GPTConfig, LSTMConfig,
                            elsewhere={k: f"mini: {v}" for k, v in MINI.items()})
     out_dir = Path(keys.get("out_dir") or MODELS[keys.get("model", "gpt")][2])
-    is_main = os.environ.get("RANK", "0") == "0"
     if keys.get("init_from") == "resume" and not out_dir.exists():
         load_checkpoint(out_dir / "last.pt")        # says that there is none, before a lock is left there
-    with lock_folder(out_dir) if is_main else nullcontext():
+    with lock_folder(out_dir) if IS_MAIN else nullcontext():
         start(keys, out_dir)
 
 
 def start(keys, out_dir):
     """Decide which run this is, and let a Trainer do it."""
-    is_main, parallel = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", 1)) > 1
     saved = load_checkpoint(out_dir / "last.pt") if keys.get("init_from") == "resume" else None
     name = keys.get("model", saved["config"]["model"] if saved else "gpt")
     model_class, config_class, _ = MODELS[name]
     for key in keys:
         if key not in vars(TrainConfig()) and key not in vars(config_class()):
             raise UserError(f"unknown key --{key} for the {name} (see --help)")
-    layers = resumed_run(saved, keys, out_dir) if saved else new_run(keys, is_main)
+    layers = resumed_run(saved, keys, out_dir) if saved else new_run(keys)
     config = data.configure(TrainConfig, *layers, {"out_dir": str(out_dir)})
 
     device = choose_device(config.device)
-    if parallel and device.type == "mps":
+    if WORLD_SIZE > 1 and device.type == "mps":
         raise UserError("torchrun works with cuda and cpu: --device=cpu")
-    if parallel:    # gloo for what is on the CPU: to share the clock of a step they need not wait for the GPU
+    if WORLD_SIZE > 1:    # gloo for what is on the CPU: to share the clock of a step they need not wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if config.dataset == "mini" and not Path("data/mini/meta.json").exists() and is_main:
+    if config.dataset == "mini" and not Path("data/mini/meta.json").exists() and IS_MAIN:
         data.main(["--dataset=mini"])
-    if parallel:
+    if WORLD_SIZE > 1:
         dist.barrier()
     meta, splits = data.load_dataset(config.dataset)
     sha256 = meta["splits"]["train"]["sha256"]
@@ -849,15 +850,15 @@ def start(keys, out_dir):
         state = trainer.state       # ckpt.pt can be newer: a run that diverges saves its best weights alone
         state.best_val = load_checkpoint(out_dir / "ckpt.pt")["state"].best_val
         if share_done(config, state) >= 1 and (out_dir / "results.json").exists():
-            if is_main:
+            if IS_MAIN:
                 print(f"the run in {out_dir} is finished: {state.step} steps, {state.minutes:.1f} minutes. "
                       "--max_iters or --max_minutes above that go on with it")
             return
-    elif is_main:
+    elif IS_MAIN:
         new_folder(out_dir, trainer.model.summary(), data.dataset_folder(config.dataset) / "tokenizer")
     del saved           # a file stays open as long as its contents are held
     trainer.run()
-    if parallel:
+    if WORLD_SIZE > 1:
         dist.barrier()  # together: else the last to leave can wait for ever
         dist.destroy_process_group()
 
