@@ -13,6 +13,7 @@ is; graph: that in one launch. Prints a table, writes bench.json, with --train b
 chart beside it. Times the loop of sample.py and the train_step of train.py as they are.
 """
 import json
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from train import MODELS, RECIPES, TrainConfig, Trainer, choose_device, choose_d
     devices_present, peak_memory_gb, picture, write_json
 
 PROMPT_TOKENS = 8
-# Dense bfloat16 tensor-core rates of NVIDIA's data sheets, TFLOP/s, for the share of it (MFU) in training
+# Dense bfloat16 rates in TFLOP/s, of NVIDIA's data sheets (SXM, where there is one). Training rows name the
+# share of it that they use (MFU), also those that compute in float32.
 PEAK_TFLOPS = {"A40": 149.7, "A100": 312, "H100": 989, "H200": 989, "RTX 3090": 71, "RTX 4090": 165.2}
 REPORT = {"generation": "the report, naive: Transformer 16.5 tokens/s (A40), 13 (M4); LSTM 16.5 and 4",
           "training": "the report, on an A40: Transformer 7,852 tokens/s"}
@@ -52,7 +54,7 @@ class BenchConfig:
     out_dir: str = "outputs"        # where the JSON file and the chart go
 
     def __post_init__(self):
-        if self.new_tokens < 2 or self.repeats < 1:     # the first token is not timed: see cached_seconds
+        if self.new_tokens < 2 or self.repeats < 1:     # the first token is timed apart
             raise ValueError("new_tokens must be at least 2, and repeats 1")
 
 
@@ -74,25 +76,20 @@ def seconds(function, device, repeats):
 def bench_generation(name, device, config):
     """Yield one row per mode and dtype, as in bench.json."""
     model_class, config_class, _ = MODELS[name]
-    model = model_class(config_class()).to(device).eval()
-    prompt = torch.randint(model.config.vocab_size, (config.batch_size, PROMPT_TOKENS), device=device)
-    # what one token must read: all weights but the embedding tables, of which it reads a row
-    n_weights = sum(p.numel() for key, p in model.named_parameters() if not key.startswith(("wte", "wpe")))
-    bandwidth, naive = read_bandwidth(device), None
+    prompt = torch.randint(config_class().vocab_size, (config.batch_size, PROMPT_TOKENS), device=device)
+    exact, bandwidth, naive = torch.float32, read_bandwidth(device), None
     fast = choose_dtype("auto", device, training=False)[0]
     best = ("graph", fast) if device.type == "cuda" else ("cached", torch.int8)
-    exact = torch.float32
     for mode, dtype in dict.fromkeys([("naive", exact), ("cached", exact), ("cached", fast), best]):
+        model = model_class(config_class()).to(device).eval()
+        # what one token must read: all weights but the embedding tables, of which it reads a row
+        n_weights = sum(p.numel() for k, p in model.named_parameters() if not k.startswith(("wte", "wpe")))
+        timed = naive_seconds if mode == "naive" else cached_seconds
+        first, per_token = timed(to_dtype(model, dtype), prompt, config, mode)
         del model                                       # before the next is built: two may not fit
-        model = to_dtype(model_class(config_class()).to(device).eval(), dtype)
-        if mode == "naive":
-            first, per_token = naive_seconds(model, prompt, config)
-        else:
-            first, per_token = cached_seconds(model, prompt, config, mode)
-        steps = 1 / per_token
-        speed = steps * config.batch_size
+        speed = config.batch_size / per_token
         naive = naive or speed
-        share = steps * n_weights * dtype.itemsize / bandwidth
+        share = n_weights * dtype.itemsize / per_token / bandwidth
         yield {"model": name, "device": device.type, "mode": mode, "dtype": str(dtype).removeprefix("torch."),
                "tokens_per_second": round(speed, 2), "ratio": round(speed / naive, 2),
                "first_token_ms": round(1000 * first, 2),
@@ -107,21 +104,22 @@ def read_bandwidth(device):
     return x.numel() * 4 / seconds(x.sum, device, 9)
 
 
-def naive_seconds(model, prompt, config):
+def naive_seconds(model, prompt, config, mode):
     """Seconds to the first token, and per token naively. The time of a pass grows about linearly with the
     context, so the middle length stands for all: an LSTM's 248 passes take minutes."""
     middle = min(prompt.size(1) + config.new_tokens // 2, model.window)
     idx = torch.randint(model.config.vocab_size, (len(prompt), middle), device=prompt.device)
 
     def one(idx):
-        list(generate(model, idx, 1, mode="naive"))     # warms up: a GPU chooses its kernels by the length
-        return seconds(lambda: list(generate(model, idx, 1, mode="naive")), idx.device, config.repeats)
+        list(generate(model, idx, 1, mode=mode))     # warms up: a GPU chooses its kernels by the length
+        return seconds(lambda: list(generate(model, idx, 1, mode=mode)), idx.device, config.repeats)
 
     return one(prompt), one(idx)
 
 
 def cached_seconds(model, prompt, config, mode):
-    """Seconds to the first token, which comes with the prompt's pass, and per token after it."""
+    """Seconds to the first token, which comes with the prompt's pass (and a graph's capture), and per token
+    after it."""
     first, rest = [], []
     for _ in range(1 + config.repeats):
         stream = generate(model, prompt, config.new_tokens, mode=mode)
@@ -135,7 +133,7 @@ def cached_seconds(model, prompt, config, mode):
 # Training
 
 def bench_training(name, device, config):
-    """Yield one row per change, from the report's recipe to the tuned one, as in bench.json."""
+    """Yield one row per change, from the report's recipe to the tuned one, as in bench_training.json."""
     first, vocab = None, MODELS[name][1]().vocab_size
     for label, model_class, changes, dtype, recipe, compile in training_changes(name, device):
         if device.type == "cuda":
@@ -158,7 +156,8 @@ def bench_training(name, device, config):
                "ratio": round(speed / first, 2), "tflops": round(speed * flops / 1e12, 3)}
         if device.type == "cuda":
             row["peak_memory_gb"] = peak_memory_gb(device)
-            peaks = [peak for gpu, peak in PEAK_TFLOPS.items() if gpu in device_name(device)]
+            name = device_name(device)
+            peaks = [peak for gpu, peak in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)]
             row["mfu"] = round(row["tflops"] / peaks[0], 3) if peaks else None
         yield row
 
@@ -171,7 +170,7 @@ def training_changes(name, device):
         return [("report: float32, attention by hand", GPT, manual, exact, "report", False),
                 ("mixed precision", GPT, manual, fast, "report", False),
                 ("fused attention", GPT, {}, fast, "report", False),
-                ("fused AdamW", GPT, {}, fast, "tuned", False),
+                ("tuned recipe, with Muon", GPT, {}, fast, "tuned", False),
                 *[("torch.compile", GPT, {}, fast, "tuned", True)] * cuda]
     # under autocast CUDA runs nn.LSTM in float16, whatever is asked for
     mixed = "nn.LSTM, float16 by autocast" if cuda else "nn.LSTM, mixed precision"
@@ -182,7 +181,7 @@ def training_changes(name, device):
             ("by hand, mixed precision", LSTM, plain, fast, "report", False),
             *[("cuDNN on the same weights", LSTM, {"residual": False}, fast, "report", False),
               ("cuDNN, float16", LSTM, {"residual": False}, torch.float16, "report", False)] * cuda,
-            ("fused AdamW, skips", LSTM, {}, fast, "tuned", False)]
+            ("tuned recipe, with skips", LSTM, {}, fast, "tuned", False)]
 
 
 class TorchLSTM(LSTM):

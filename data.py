@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# A closed one (`2>&-`) is None; whoever writes to it would fail.
+# A closed stream (`2>&-`) is None; whoever writes to it would fail.
 sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
 progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)   # seldom in a log
 FORMAT_VERSION = 1      # of data/NAME/; raised when an older folder can no longer be read
@@ -208,8 +208,8 @@ def replace_folder(target, new, old):
 # Documents: a local file, or SpeakLeash's plwiki
 
 def read_documents(path, quality, left_out):
-    """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt in pieces; a progress bar. Of what it leaves
-    out it keeps count in the Counter left_out.
+    """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt in pieces, with a progress bar. Counts in
+    left_out what it leaves out.
 
     JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be missing.
     Raises UserError, which names the line, for anything else.
@@ -233,7 +233,7 @@ def read_documents(path, quality, left_out):
                     record = json.loads(line)
                     text, label = record["text"], (record.get("meta") or {}).get("quality")
                 if not text.strip():
-                    left_out["blank documents"] += not one_text
+                    left_out["blank pieces" if one_text else "blank documents"] += 1
                 elif quality not in ("ALL", label or quality):
                     left_out[f"documents of quality {label}"] += 1
                 else:
@@ -353,19 +353,17 @@ def load_tokenizer(name):
     try:
         tok = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
         size = tokenizer_size(tok)
-    except (KeyboardInterrupt, UserError):
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a damaged or foreign file can raise anything, even a panic of Rust's
-        if offline and not local:
-            raise UserError(f"the tokenizer {name!r} is not on this machine and the hub cannot be reached: "
-                            f"{instead}") from None
         why = f"cannot load the tokenizer {name!r} ({first_line(error)})"
         if Path(name, "tokenizer.model").exists() and not Path(name, "tokenizer.json").exists():
             why = f"the tokenizer {name!r} is in SentencePiece's format: pip install sentencepiece"
-        if local:
-            raise UserError(why) from None
-        why += ". Log in (`hf auth login`) and accept its licence on the hub, or"
-        raise UserError(f"{why} {instead}") from None
+        elif offline and not local:
+            why = f"the tokenizer {name!r} is not on this machine and the hub cannot be reached: {instead}"
+        elif not local:
+            why += f". Log in (`hf auth login`) and accept its licence on the hub, or {instead}"
+        raise UserError(why) from None
     if tok.bos_token_id is None or tok.eos_token_id is None:
         raise UserError(f"the tokenizer {name!r} has no <s> and </s>")
     if size > 65536:
@@ -374,7 +372,7 @@ def load_tokenizer(name):
 
 
 def tokenizer_size(tok):
-    """One more than its highest id: len(tok), but for a tokenizer that leaves out some."""
+    """Its highest id + 1: more than len(tok) where ids are skipped."""
     return 1 + max(tok.get_vocab().values())
 
 
@@ -382,8 +380,7 @@ def encode(tok, texts):
     """Token ids of each text, without <s> and </s>; such marks inside a text are ordinary characters. Raises
     UserError where the tokenizer cannot."""
     try:
-        return tok(texts, add_special_tokens=False, split_special_tokens=True,
-                   return_attention_mask=False)["input_ids"]
+        return tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:          # a panic of Rust's is no Exception

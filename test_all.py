@@ -1079,8 +1079,6 @@ def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(na
         for _ in range(4):
             model(*inputs_and_targets())[1].backward()
             for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group.get("highest_lr", group["lr"])
                 optimizer.step()
                 optimizer.zero_grad()
     for p, q, before in zip(ours.parameters(), theirs.parameters(), start):

@@ -65,8 +65,8 @@ class TrainConfig:
     # optimizer
     optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # auto: muon for the GPT, else adamw
     learning_rate: float = 5e-4         # the highest of the schedule
-    muon_learning_rate: float = None    # the same for the matrices that muon moves; None: as learning_rate
-    weight_decay: float = 0.1           # pull of the weights towards zero; adamw: matrices only
+    muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
+    weight_decay: float = 0.1           # pull of the weights towards zero; adam: of all, else matrices only
     beta1: float = 0.9                  # memory of Adam's mean of gradients
     beta2: float = 0.95                 # memory of Adam's mean of squares; 0.999 is PyTorch's
     schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to the end of max_iters, else of max_minutes
@@ -154,7 +154,7 @@ class Trainer:
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.optimizers = make_optimizers(model, config, self.dtype)
         # In float16 small gradients vanish: there the loss is scaled up, and a step whose gradient then
-        # overflows is left out. Elsewhere the scaler does nothing.
+        # overflows is left out, see train_step. Elsewhere the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.ddp = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
         self.forward = compiled(self.ddp, config, self.device)  # after DDP, so that the exchange overlaps
@@ -204,10 +204,11 @@ class Trainer:
             stopping = self.tick()
             done = share_done(config, state)
             self.bar.update(max(0.0, done - self.bar.n))
-            last = state.metrics[-1]["step"] if state.metrics else -1
-            due = last < state.step and (done >= 1 or state.step % config.eval_interval == 0)
-            if last < 0 or due and not stopping:    # a stopped run leaves it to the resumed one, but for the
-                self.evaluate_and_log()             # first: there must be a checkpoint to score
+            evaluated = state.metrics[-1]["step"] if state.metrics else -1
+            due = evaluated < state.step and (done >= 1 or state.step % config.eval_interval == 0)
+            # a stopped run leaves it to the resumed one, but for the first: finish needs a checkpoint
+            if evaluated < 0 or due and not stopping:
+                self.evaluate_and_log()
             if stopping or done >= 1:
                 break
             if time.perf_counter() - saved_at >= 60 * config.save_minutes:
@@ -234,8 +235,9 @@ class Trainer:
         """Forward and backward over the batches of one step, clip, update. Which batches, and what dropout
         drops, depends on the step's number alone, so that it can be replayed."""
         config, state, n = self.config, self.state, self.config.gradient_accumulation_steps
-        for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
-            group["lr"] = group["highest_lr"] * schedule_at(config, state)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * schedule_at(config, state)
         torch.manual_seed(config.seed + state.step * WORLD_SIZE + RANK)
         for i in range(n):
             windows = data.train_windows(self.n_windows["train"], state.step * n + i, config.batch_size,
@@ -251,8 +253,11 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         if config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.grad_clip, norm)
+        # one verdict on an overflow in float16: the scaler would give each optimizer its own
+        overflow = self.scaler.is_enabled() and not norm.isfinite()
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            if not overflow:
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         state.step += 1
@@ -267,7 +272,8 @@ class Trainer:
         if self.best:
             write_whole(self.out_dir / "ckpt.pt", lambda p: torch.save(self.best, p))
         raise UserError(f"step {self.state.step}: the loss or its gradient is no longer finite. The learning "
-                        f"rate is too high: try --learning_rate={self.config.learning_rate / 3:.1g}. "
+                        f"rate is too high: try --learning_rate={self.config.learning_rate / 3:.1g} "
+                        "(and a lower --muon_learning_rate, where that is set). "
                         f"{self.out_dir} holds the weights from before")
 
     def evaluate_and_log(self):
@@ -399,6 +405,7 @@ class Trainer:
                 "peak_memory_gb": peak_memory_gb(self.device), "n_params": self.model.num_params(),
                 "device": device_name(self.device), "dtype": str(self.dtype).removeprefix("torch."),
                 "config": {**asdict(self.config), **asdict(self.model.config)},
+                "optimizers": [type(optimizer).__name__ for optimizer in self.optimizers],
                 "test_loss_by_position": [round(x, 4) for x in by_position.tolist()]}
             write_json(self.out_dir / "results.json", results)
             print(f"test loss {loss:.4f}, perplexity {perplexity(loss):.2f}; "
@@ -460,29 +467,27 @@ def share_done(config, state):
 
 
 def make_optimizers(model, config, dtype=torch.float32):
-    """-> the optimizers of a step, one or two; "highest_lr" of their groups is what the schedule scales."""
+    """-> the optimizers of a step, one or two, each with the highest learning rate of its schedule."""
     lr, betas, decay = config.learning_rate, (config.beta1, config.beta2), config.weight_decay
     name = {"gpt": "muon", "lstm": "adamw"}[config.model] if config.optimizer == "auto" else config.optimizer
     if name == "adam":
         # As the report: every parameter decays, and the decay passes through Adam's division by the size of
         # the gradient. Where gradients are small it is then the decay that is divided up to full step
         # length.
-        groups = [{"params": list(model.parameters()), "highest_lr": lr}]
-        return [torch.optim.Adam(groups, lr, betas, weight_decay=decay)]
+        return [torch.optim.Adam(model.parameters(), lr, betas, weight_decay=decay)]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if name == "muon" else []
     rest = [p for p in model.parameters() if all(p is not q for q in matrices)]
     # Decay apart from the gradient (Loshchilov and Hutter 2019), and on matrices only: shrinking a bias or a
     # layer norm's gain towards zero regularises nothing.
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay, "highest_lr": lr},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "highest_lr": lr}]
-    # fused: one kernel for all; MPS's, before PyTorch 2.13, would not leave out what the scaler leaves out
-    adamw = torch.optim.AdamW(groups, lr, betas, fused=rest[0].device.type != "mps")
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr, betas, fused=True)    # one kernel for all
     if not matrices:
         return [adamw]
     lr = lr if config.muon_learning_rate is None else config.muon_learning_rate
     # bfloat16 is exact enough for Newton-Schulz; where the processor does not multiply it, float32 is faster
     dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    return [adamw, Muon([{"params": matrices, "highest_lr": lr}], decay, dtype)]
+    return [adamw, Muon(matrices, lr, decay, dtype)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -490,11 +495,12 @@ class Muon(torch.optim.Optimizer):
     singular directions, where a gradient is long in few of them.
 
     Scaled so that an entry moves by about 0.2 lr, as with AdamW (Liu et al. 2025); so the two can share a
-    learning rate. torch.optim.Muon is the same, always in bfloat16: 17 times as slow on a CPU without it.
+    learning rate. torch.optim.Muon is the same, but always in bfloat16, which takes 17 times as long on a
+    CPU without it.
     """
 
-    def __init__(self, groups, weight_decay, dtype, momentum=0.95):
-        super().__init__(groups, {"lr": 0.0})
+    def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
+        super().__init__(params, {"lr": lr})
         self.weight_decay, self.dtype, self.momentum = weight_decay, dtype, momentum
 
     @torch.no_grad()
@@ -513,7 +519,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(x):
     """x = U S V^T -> U V^T, nearly: five rounds of a polynomial that drives all singular values towards 1."""
-    if len(x) > len(x[0]):
+    if x.size(0) > x.size(1):
         return orthogonal(x.T).T
     x = x / x.norm().clamp(min=1e-7)        # no singular value above 1
     for _ in range(5):
@@ -784,7 +790,7 @@ def new_run(keys):
 
 
 def resumed_run(saved, keys, out_dir):
-    """The same for the run that was saved. Raises UserError for a key that would make it another run."""
+    """The layers that go on with the saved run. Raises UserError for a key that would make it another run."""
     before = {**saved["model_config"], **saved["config"]}
     for key in sorted(keys.keys() - MAY_CHANGE, key=lambda key: key != "model"):
         if keys[key] != before.get(key):
@@ -828,7 +834,7 @@ def start(keys, out_dir):
     device = choose_device(config.device)
     if WORLD_SIZE > 1 and device.type == "mps":
         raise UserError("torchrun works with cuda and cpu: --device=cpu")
-    if WORLD_SIZE > 1:    # gloo for what is on the CPU: to share the clock of a step they need not wait for the GPU
+    if WORLD_SIZE > 1:      # gloo for what is on the CPU: the clock of a step need not wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if config.dataset == "mini" and not Path("data/mini/meta.json").exists() and IS_MAIN:
         data.main(["--dataset=mini"])
