@@ -16,6 +16,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -38,7 +39,7 @@ from tqdm import tqdm
 # A closed stream (`2>&-`) is None; whoever writes to it would fail.
 sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
 progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)   # seldom in a log
-FORMAT_VERSION = 1      # of data/NAME/; raised when an older folder can no longer be read
+FORMAT_VERSION = 2      # of data/NAME/; raised when an older folder can no longer be read
 SPLITS = ("train", "val", "test")
 BY_TENTHS = ("train",) * 8 + ("val", "test")            # of a document's hash, or of a text's length
 LONGEST_PART = 25_000   # characters of a text encoded at once; 64 of these parts are held in memory
@@ -123,17 +124,18 @@ def prepare(config):
 
 def write_splits(parts, tok, folder):
     """Encode parts (split, text, opens, closes) into folder/{split}.bin, with <s> before a part that opens a
-    document and </s> after one that closes it -> {split: {"documents", "tokens", "sha256"}}."""
-    facts = {split: {"documents": 0, "tokens": 0, "sha256": hashlib.sha256()} for split in SPLITS}
+    document and </s> after one that closes it -> {split: {"documents", "characters", "tokens", "sha256"}}."""
+    facts = {s: {"documents": 0, "characters": 0, "tokens": 0, "sha256": hashlib.sha256()} for s in SPLITS}
     with ExitStack() as stack:
         files = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS}
         while batch := list(itertools.islice(parts, 64)):
-            for (split, _, opens, closes), ids in zip(batch, encode(tok, [part[1] for part in batch])):
+            for (split, text, opens, closes), ids in zip(batch, encode(tok, [part[1] for part in batch])):
                 # opens and closes are bools: none or one
                 ids = [tok.bos_token_id] * opens + ids + [tok.eos_token_id] * closes
                 raw = np.array(ids, dtype="<u2").tobytes()
                 files[split].write(raw)
                 facts[split]["documents"] += opens
+                facts[split]["characters"] += len(text)
                 facts[split]["tokens"] += len(ids)
                 facts[split]["sha256"].update(raw)
     for split, fact in facts.items():
@@ -410,6 +412,8 @@ def load_dataset(name):
             facts = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
             if any(meta["splits"][split][key] != fact for key, fact in facts.items()):
                 raise ValueError(f"{split}.bin is not the file that was prepared")
+            if not 0 < float(meta["splits"][split]["characters"]) < math.inf:
+                raise ValueError(f"meta.json gives {split} no characters")
             if tokens.max() >= meta["vocab_size"]:
                 raise ValueError(f"{split}.bin holds a token id above the vocabulary of {meta['vocab_size']}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

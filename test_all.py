@@ -957,7 +957,7 @@ def test_mistakes_end_in_one_clear_line(script, keys, message, here):
     assert files() == before
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize("closed", ["<&- 2>&-", ">&-"])
 def test_a_closed_stream_or_one_without_polish_letters_is_no_traceback(closed, here):
     """bash closes the stream; the terminal knows ASCII alone."""
     line = f"{sys.executable} {HERE / 'sample.py'} --max_new_tokens=5 {closed}"
@@ -1018,9 +1018,9 @@ def test_a_run_leaves_what_it_promises(name, here):
         "ckpt.pt", "last.pt", "tokenizer", "model_summary.txt", "metrics.jsonl", "results.json",
         "learning_curves.png"}
     assert results.keys() == {
-        "test_loss", "test_perplexity", "train_loss", "train_perplexity", "val_loss", "val_perplexity",
-        "best_step", "steps", "tokens_seen", "minutes", "tokens_per_second", "peak_memory_gb", "n_params",
-        "device", "dtype", "config", "test_loss_by_position"}
+        "test_loss", "test_perplexity", "test_bits_per_character", "train_loss", "train_perplexity",
+        "val_loss", "val_perplexity", "best_step", "steps", "tokens_seen", "minutes", "tokens_per_second",
+        "peak_memory_gb", "n_params", "device", "dtype", "optimizers", "config", "test_loss_by_position"}
     assert [m["step"] for m in metrics] == [0, 10, 20, 30] and tuple(metrics[0]) == train.METRICS
     assert metrics[-1]["val_loss"] < metrics[0]["val_loss"] - 0.3
     assert results["steps"] == 30 and results["tokens_seen"] == 30 * 8 * 32
@@ -1037,6 +1037,10 @@ def test_a_run_leaves_what_it_promises(name, here):
     assert abs(loss - results["test_loss"]) < 0.02      # the run may have used bfloat16
     assert close([each.mean(dim=0)], [torch.tensor(by_position)], 0.05)
     assert np.mean(by_position) == pytest.approx(results["test_loss"], abs=1e-4) and saved_in(folder)
+    assert results["optimizers"] == (["AdamW", "Muon"] if name == "gpt" else ["AdamW"])
+    characters = sum(map(len, texts_of("tiny")["test"]))
+    assert results["test_bits_per_character"] == \
+        pytest.approx(results["test_loss"] / np.log(2) * len(ids) / characters)
     assert (folder / "learning_curves.png").read_bytes()[:4] == b"\x89PNG"
     assert f"{results['n_params']:,}" in (folder / "model_summary.txt").read_text()
     assert files_of(folder / "tokenizer") == files_of("data/tiny/tokenizer")

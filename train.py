@@ -141,10 +141,10 @@ class Trainer:
     """One run, its methods in the order of its life: restore where it is resumed, then run, which is train
     (with train_step, evaluate, save) and finish. bench.py uses train_step alone."""
 
-    def __init__(self, config, model, splits, data_sha256=""):
-        """model: on its device. splits: {"train" | "val" | "test": tokens}. data_sha256: of train, by which a
-        resumed run knows its data again."""
-        self.config, self.model, self.splits, self.data_sha256 = config, model, splits, data_sha256
+    def __init__(self, config, model, splits, facts=None):
+        """model: on its device. splits: {"train" | "val" | "test": tokens}. facts: of each split, as in
+        meta.json; a run that trains no further than a step needs none."""
+        self.config, self.model, self.splits, self.facts = config, model, splits, facts
         self.state, self.out_dir = State(), Path(config.out_dir)
         self.device, self.block_size = next(model.parameters()).device, model.config.block_size
         self.tokens_per_step = config.batch_size * config.gradient_accumulation_steps * self.block_size
@@ -339,7 +339,7 @@ class Trainer:
     def checkpoint(self):
         """What ckpt.pt and last.pt have in common. ckpt.pt's last line of metrics is that of its weights."""
         return {"format_version": FORMAT_VERSION, "config": asdict(self.config), "state": asdict(self.state),
-                "model_config": asdict(self.model.config), "data_sha256": self.data_sha256,
+                "model_config": asdict(self.model.config), "data_sha256": self.facts["train"]["sha256"],
                 "model": self.model.state_dict()}
 
     def save(self):
@@ -395,9 +395,11 @@ class Trainer:
                 dist.broadcast(p.data, 0)
         by_position = self.evaluate("test", np.arange(self.n_windows["test"]), progress=IS_MAIN)
         if IS_MAIN:
-            loss = by_position.mean().item()
+            loss, test = by_position.mean().item(), self.facts["test"]
             results = {
                 "test_loss": loss, "test_perplexity": perplexity(loss),
+                # comparable across tokenizers, unlike nats per token
+                "test_bits_per_character": loss / math.log(2) * test["tokens"] / test["characters"],
                 **{k: row[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
                 "best_step": row["step"], "steps": state.step, "tokens_seen": tokens,
                 "minutes": round(state.minutes, 2),
@@ -408,7 +410,8 @@ class Trainer:
                 "optimizers": [type(optimizer).__name__ for optimizer in self.optimizers],
                 "test_loss_by_position": [round(x, 4) for x in by_position.tolist()]}
             write_json(self.out_dir / "results.json", results)
-            print(f"test loss {loss:.4f}, perplexity {perplexity(loss):.2f}; "
+            print(f"test loss {loss:.4f}, perplexity {perplexity(loss):.2f}, "
+                  f"{results['test_bits_per_character']:.3f} bits per character; "
                   f"now try: python sample.py {key_of_folder(self.out_dir)}")
             if self.wandb_run:
                 may_fail("wandb", lambda: self.wandb_run.summary.update(
@@ -841,8 +844,7 @@ def start(keys, out_dir):
     if WORLD_SIZE > 1:
         dist.barrier()
     meta, splits = data.load_dataset(config.dataset)
-    sha256 = meta["splits"]["train"]["sha256"]
-    if saved and saved["data_sha256"] != sha256:
+    if saved and saved["data_sha256"] != meta["splits"]["train"]["sha256"]:
         raise UserError(f"data/{config.dataset} has been prepared anew since this run began: it cannot go on")
     model_config = data.configure(config_class, {"vocab_size": meta["vocab_size"]}, *layers)
     if model_config.vocab_size < meta["vocab_size"]:
@@ -850,7 +852,7 @@ def start(keys, out_dir):
 
     check_sizes(config, model_config, splits)
     torch.manual_seed(config.seed)
-    trainer = Trainer(config, model_class(model_config).to(device), splits, sha256)
+    trainer = Trainer(config, model_class(model_config).to(device), splits, meta["splits"])
     if saved:
         trainer.restore(saved)
         state = trainer.state       # ckpt.pt can be newer: a run that diverges saves its best weights alone
