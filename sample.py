@@ -340,9 +340,11 @@ def main(argv):
     if config.num_samples == 1:
         stream = TextStream(tok, ids)
         print(config.prompt, end="", flush=True)
-        _, speed = continue_prompt(model, tok, ids, config, config.temperature,
-                                   lambda token: print(stream.push(token), end="", flush=True))
+        rows, speed = continue_prompt(model, tok, ids, config, config.temperature,
+                                      lambda token: print(stream.push(token), end="", flush=True))
         print(stream.flush())
+        if rows[0] == ids:
+            print("the end of the text was drawn first: try another --seed", file=sys.stderr)
     else:
         rows, speed = continue_prompt(model, tok, ids, config, config.temperature)
         for i, row in enumerate(rows, 1):
