@@ -927,6 +927,8 @@ MISTAKES = [
     ("train", "--dataset=tiny --max_minutes=0", "max_iters"),
     ("train", "--model=lstm --compile=True", "leave --compile out"),
     ("train", "--out_dir=.", "--out_dir"),
+    ("train", "--out_dir=out/new\nline", "printable"),
+    ("train", "--out_dir=out/\udcff", "printable"),
     ("train", "--init_from=resume --out_dir=out/none", "no checkpoint"),
     ("train", "--init_from=resume --batch_size=9", "has --batch_size=8, not 9"),
     ("train", "--init_from=resume --out_dir=outputs/transformer --model=lstm", "has --model=gpt, not lstm"),

@@ -203,7 +203,7 @@ class Trainer:
         while True:
             stopping = self.tick()
             done = share_done(config, state)
-            self.bar.update(max(0.0, done - self.bar.n))
+            self.bar.update(max(0.0, round(done, 3) - self.bar.n))      # no ETA from less than a thousandth
             evaluated = state.metrics[-1]["step"] if state.metrics else -1
             due = evaluated < state.step and (done >= 1 or state.step % config.eval_interval == 0)
             # a stopped run leaves it to the resumed one, but for the first: finish needs a checkpoint
@@ -751,8 +751,8 @@ def build_model(checkpoint):
 def lock_folder(out_dir):
     """Keep other runs out of out_dir -> the lock, an open file beside it; the system frees it at the latest
     when the program ends. Raises UserError where another run holds it."""
-    if not out_dir.name.strip("."):
-        raise UserError(f"--out_dir={out_dir}: needs the name of a folder")
+    if not out_dir.name.strip(".") or not str(out_dir).isprintable():
+        raise UserError(f"--out_dir={out_dir}: needs the name of a folder, in printable characters")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     lock = open(out_dir.with_name(f".{out_dir.name}.lock"), "w")
     try:
