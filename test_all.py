@@ -46,6 +46,7 @@ from model_lstm import LSTM, Block, LSTMConfig, cudnn_recurrence, manual_recurre
 from sample import Int8Weight
 from train import State, TrainConfig
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)    # under nohup the commands below would inherit its deafness
 HERE = Path(__file__).parent
 # LONG=1 python -m pytest -s test_all.py: thirty kills instead of three, also under torchrun, a thousand
 # spoiled inputs instead of a few dozen, and a source of 5 GB. About two hours.
