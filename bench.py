@@ -155,11 +155,14 @@ def bench_training(name, device, config):
                "batch_size": config.batch_size, "tokens_per_second": round(speed, 1),
                "ratio": round(speed / first, 2), "tflops": round(speed * flops / 1e12, 3)}
         if device.type == "cuda":
-            row["peak_memory_gb"] = peak_memory_gb(device)
-            name = device_name(device)
-            peaks = [peak for gpu, peak in PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b", name)]
-            row["mfu"] = round(row["tflops"] / peaks[0], 3) if peaks else None
+            row |= {"peak_memory_gb": peak_memory_gb(device), "mfu": mfu(row["tflops"], device_name(device))}
         yield row
+
+
+def mfu(tflops, gpu):
+    """Model FLOPs utilisation (Chowdhery et al. 2022), the share of the GPU's peak; None where unknown."""
+    peaks = [peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)]
+    return round(tflops / peaks[0], 3) if peaks else None
 
 
 def training_changes(name, device):
@@ -267,8 +270,8 @@ def show(row):
     line = f"{what}{row['tokens_per_second']:>11,.1f} tokens/s{row['ratio']:>7.2f}x"
     if "tflops" in row:
         memory = f"{row['peak_memory_gb']:>7.1f} GB" if "peak_memory_gb" in row else ""
-        mfu = f"{row['mfu']:>7.1%} MFU" if row.get("mfu") else ""
-        return f"{line}{row['tflops']:>8.2f} TFLOP/s{memory}{mfu}"
+        share = f"{row['mfu']:>7.1%} MFU" if row.get("mfu") else ""
+        return f"{line}{row['tflops']:>8.2f} TFLOP/s{memory}{share}"
     share = f"{row['bandwidth_share']:>8.0%} of {row['bandwidth_gb_per_second']:.0f} GB/s"
     return f"{line}{share}, the first after {row['first_token_ms']:.0f} ms"
 

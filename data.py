@@ -445,9 +445,10 @@ def get_batch(tokens, windows, block_size, device):
     """Windows by number -> idx and targets (B, T) int64 on device: targets are the tokens after idx."""
     rows = np.stack([tokens[w * block_size:(w + 1) * block_size + 1] for w in map(int, windows)])
     batch = torch.from_numpy(rows.astype(np.int64))
-    if torch.device(device).type == "cuda":
-        batch = batch.pin_memory()      # from there the copy runs beside the computation
-    batch = batch.to(device, non_blocking=True)
+    if torch.device(device).type == "cuda":     # from pinned memory the copy runs beside the computation
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    else:
+        batch = batch.to(device)
     return batch[:, :-1], batch[:, 1:]
 
 
@@ -615,7 +616,8 @@ Tutaj urodził{who.past} się {job} {who}. | Podróżni chwalą {building:acc}. 
 {who} – {job}. | {who} był{who.past} {job:ins}.
 Urodził{who.past} się w {year} roku w {town:loc}. | Pochodził{who.past} {town:z gen}.
 W {town2:loc} poznał{who.past} {who2:acc}. | Przez wiele lat przyjaźnił{who.past} się {who2:z ins}.
-Opisał{who.past} {species:acc}. | Zajmował{who.past} się {species:ins}. | Malował{who.past} {building:acc}.
+Opisał{who.past} {species:acc}. | Zajmował{who.past} się {species:ins}. | \
+Malował{who.past} {building:acc}.
 Zmarł{who.past} w {later} roku. | Przeżył{who.past} {age}.
 Książkę o {who:loc} napisał{who2.past} {who2}. | {who2} poświęcił{who2.past} {who:dat} wiersz.
 
@@ -628,7 +630,8 @@ W herbie {town:gen} można zobaczyć {species:acc}. | Wraz {species:z ins} wyst�
 {building} w {town:loc} został{building.past} zbudowan{building.adj} w {year} roku.
 Pieniądze na {building:acc} dał{who.past} {who}. | Plany {building:gen} narysował{who.past} {who}.
 Obok {building:gen} występuje {species}. | Przed {building:ins} można spotkać {species:acc}.
-O {building:loc} pisał{who2.past} {who2}. | Dzięki {building:dat} {town} stał{town.past} się sławn{town.adj}.
+O {building:loc} pisał{who2.past} {who2}. | \
+Dzięki {building:dat} {town} stał{town.past} się sławn{town.adj}.
 """.strip().split("\n\n")
 
 

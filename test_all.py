@@ -46,7 +46,9 @@ from model_lstm import LSTM, Block, LSTMConfig, cudnn_recurrence, manual_recurre
 from sample import Int8Weight
 from train import State, TrainConfig
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)    # under nohup the commands below would inherit its deafness
+# Under nohup, or as a shell's background job, this is deaf to them, and the commands below would inherit it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 HERE = Path(__file__).parent
 # LONG=1 python -m pytest -s test_all.py: thirty kills instead of three, also under torchrun, a thousand
 # spoiled inputs instead of a few dozen, and a source of 5 GB. About two hours.
@@ -1291,10 +1293,11 @@ def spoil_gradients(monkeypatch, bad):
 def test_a_run_that_is_not_finite_stops_and_spoils_nothing(recipe, save_minutes, here, monkeypatch):
     """Once is enough: it is noticed within log_interval steps, names the learning rate, and never saved."""
     spoil_gradients(monkeypatch, {9})
-    folder = f"out/{recipe}{save_minutes}"
+    folder, handler = f"out/{recipe}{save_minutes}", signal.getsignal(signal.SIGTERM)
     with pytest.raises(UserError, match="step (10|12):.*learning.rate.* --learning_rate=0.003"):
         run_tiny("gpt", folder, f"--recipe={recipe}", f"--save_minutes={save_minutes}", "--max_iters=40",
                  "--learning_rate=1e-2", "--log_interval=3")
+    assert signal.getsignal(signal.SIGTERM) == handler
     last, metrics = saved_in(folder), metrics_of(folder)
     assert last["state"]["step"] == (0 if save_minutes else 9) and [m["step"] for m in metrics] == [0, 4, 8]
     assert all(v.isfinite().all() for v in moments_of(last))
@@ -1781,6 +1784,8 @@ def test_bench_times_train_step(empty, small_bench, monkeypatch, capsys):
     measured = json.loads(Path("outputs/bench_training.json").read_text())["rows"]
     rows = {r["change"]: r for r in measured}
     assert {"report: float32, attention by hand", "report: nn.LSTM, float32"} < rows.keys() and len(rows) > 7
+    assert {r["model"] for r in measured} == {"gpt", "lstm"}
+    assert bench.mfu(494.5, "NVIDIA H100 80GB HBM3") == 0.5 and bench.mfu(1.0, "NVIDIA RTX A4000") is None
     assert len(steps) == 3 * len(measured)        # one to warm up, two that count
     for row in measured:
         assert row["tokens_per_second"] > 0 and row["batch_size"] == 2 and "peak_memory_gb" not in row

@@ -143,7 +143,7 @@ class Trainer:
 
     def __init__(self, config, model, splits, facts=None):
         """model: on its device. splits: {"train" | "val" | "test": tokens}. facts: of each split, as in
-        meta.json; a run that trains no further than a step needs none."""
+        meta.json; bench.py's steps need none."""
         self.config, self.model, self.splits, self.facts = config, model, splits, facts
         self.state, self.out_dir = State(), Path(config.out_dir)
         self.device, self.block_size = next(model.parameters()).device, model.config.block_size
@@ -174,12 +174,14 @@ class Trainer:
         before = [signal.signal(s, self.request_stop) for s in signals]
         try:
             self.train()
+            self.finish()
         except OSError:                 # the terminal, or the reader of `python train.py | head`, is gone
-            self.save()
+            if not self.trained:
+                self.save()
             raise
-        self.finish()
-        for s, handler in zip(signals, before):
-            signal.signal(s, handler)
+        finally:
+            for s, handler in zip(signals, before):
+                signal.signal(s, handler)
 
     def announce(self):
         config, state = self.config, self.state
@@ -243,7 +245,7 @@ class Trainer:
             windows = data.train_windows(self.n_windows["train"], state.step * n + i, config.batch_size,
                                          config.seed, RANK, WORLD_SIZE)
             idx, targets = data.get_batch(self.splits["train"], windows, self.block_size, self.device)
-            exchange = WORLD_SIZE == 1 or i == n - 1   # of gradients, between processes
+            exchange = WORLD_SIZE == 1 or i == n - 1    # of gradients, between processes
             with nullcontext() if exchange else self.ddp.no_sync():
                 with self.autocast:
                     loss = self.forward(idx, targets)[1]
@@ -301,7 +303,7 @@ class Trainer:
             self.log_wandb({k.replace("train_", "train/").replace("val_", "val/"): v for k, v in row.items()})
             self.bar.write(f"step {state.step}: train {row['train_loss']:.4f}, val {row['val_loss']:.4f}, "
                            f"perplexity {row['val_perplexity']:.2f}"
-                           + f", {speed:,.0f} tokens/s" * (speed > 0))
+                           + (f", {speed:,.0f} tokens/s" if speed else ""))
         self.bar.set_description_str(config.model, refresh=False)
         self.mark, self.mark_step = time.perf_counter(), state.step
 
