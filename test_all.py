@@ -1092,7 +1092,7 @@ def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(na
                 optimizer.zero_grad()
     for p, q, before in zip(ours.parameters(), theirs.parameters(), start):
         assert (p - q).norm() <= 1e-3 * (q - before).norm() > 0
-    values = torch.linalg.svdvals(train.orthogonal(torch.randn(30, 12)))
+    values = torch.linalg.svdvals(train.orthogonal(torch.randn(2, 30, 12)))
     assert 0.6 < values.min() and values.max() < 1.3
 
 

@@ -505,32 +505,36 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
-        super().__init__(params, {"lr": lr})
+        shapes = dict.fromkeys(p.shape for p in params)         # a group for each
+        super().__init__([{"params": [p for p in params if p.shape == shape]} for shape in shapes], {"lr": lr})
         self.weight_decay, self.dtype, self.momentum = weight_decay, dtype, momentum
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            ahead = []
             for p in group["params"]:
                 if not self.state[p]:
                     self.state[p]["mean"] = torch.zeros_like(p)
                 mean = self.state[p]["mean"]
                 mean.lerp_(p.grad, 1 - self.momentum)
-                ahead = p.grad.lerp(mean, self.momentum)        # as Nesterov: where the mean will be next
-                step = orthogonal(ahead.to(self.dtype)).to(p.dtype)
+                ahead.append(p.grad.lerp(mean, self.momentum))  # as Nesterov: where the mean will be next
+            ahead = torch.stack(ahead)      # one batch: a GPU need not wait for hundreds of launches
+            for p, step in zip(group["params"], orthogonal(ahead.to(self.dtype)).to(ahead.dtype)):
                 p.mul_(1 - group["lr"] * self.weight_decay)
                 p.add_(step, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
 
 def orthogonal(x):
-    """x = U S V^T -> U V^T, nearly: five rounds of a polynomial that drives all singular values towards 1."""
-    if x.size(0) > x.size(1):
-        return orthogonal(x.T).T
-    x = x / x.norm().clamp(min=1e-7)        # no singular value above 1
+    """A batch of x = U S V^T -> U V^T, nearly, by five rounds of a polynomial that drives all singular values
+    towards 1. x (n, rows, columns)."""
+    if x.size(1) > x.size(2):
+        return orthogonal(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)    # no singular value above 1
     for _ in range(5):
-        a = x @ x.T
-        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, b, x, beta=3.4445)
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
     return x
 
 
