@@ -330,7 +330,7 @@ def main(argv):
     tok, device = data.load_tokenizer(str(out_dir / "tokenizer")), choose_device(config.device)
     if config.export:
         return export(build_model(checkpoint), tok, Path(config.export))
-    dtype, _ = choose_dtype(config.dtype, device, training=False)
+    dtype, _ = choose_dtype(config.dtype, device)
     model = to_dtype(build_model(checkpoint).to(device), dtype)
     facts = {"model": checkpoint["config"]["model"], "dataset": checkpoint["config"]["dataset"],
              "device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}

@@ -104,7 +104,8 @@ def refuses(message, call, *args):
 def tiny_keys(name, out_dir, *keys):
     """The keys of a run on the tiny dataset; later ones win."""
     return [f"--model={name}", "--dataset=tiny", *SIZES[name], "--batch_size=8", "--eval_interval=4",
-            "--eval_iters=1", "--warmup_iters=2", "--dtype=float32", f"--out_dir={out_dir}", *keys]
+            "--eval_iters=1", "--warmup_iters=2", "--device=cpu", "--dtype=float32", f"--out_dir={out_dir}",
+            *keys]
 
 
 def run_tiny(name, out_dir, *keys):
@@ -378,7 +379,7 @@ def test_compiled_equals_eager():
 
 
 @CUDA
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cudnn_equals_the_scan(dtype):
     """The two recurrences on a GPU, forward and backward, under autocast as train.py runs them."""
     torch.backends.cudnn.allow_tf32 = False
@@ -507,8 +508,9 @@ def test_a_half_precision_row_is_multiplied_alike_by_every_kernel(name, dtype, m
 
 def test_what_each_dtype_means_for_a_device():
     refuses("for cpu and mps", train.choose_dtype, "int8", torch.device("cuda"))
-    assert train.choose_dtype("auto", torch.device("mps"), training=False)[0] == torch.float16
-    assert train.choose_dtype("auto", torch.device("mps"))[0] == torch.float32
+    assert train.choose_dtype("auto", torch.device("mps"))[0] == torch.float16
+    assert train.choose_dtype("auto", torch.device("mps"), "gpt")[0] == torch.float32
+    assert train.choose_dtype("auto", torch.device("cuda"), "lstm")[0] == torch.float16
     with pytest.raises(TypeError, match="no more than F.linear"):
         torch.mm(torch.ones(2, 2), Int8Weight(torch.ones(2, 2), True))
     for dtype, precision in ((torch.bfloat16, "high"), (torch.float32, "highest")):
@@ -1116,6 +1118,21 @@ def test_gradient_clipping_bounds_the_step(here):
     keys = ["--max_iters=8", "--learning_rate=0.05"]
     free, clipped = run_tiny("gpt", "out/free", *keys), run_tiny("gpt", "out/clip", *keys, "--grad_clip=1e-9")
     assert clipped["test_loss"] != free["test_loss"] and abs(clipped["test_loss"] - np.log(512)) < 0.2
+
+
+@CUDA
+@BOTH
+def test_a_run_on_cuda_goes_on_and_speaks(name, here, capsys):
+    """As typed there: compiled or on cuDNN, in mixed precision; the same seed gives the same text."""
+    folder = f"out/cuda-{name}"
+    run_tiny(name, folder, "--device=cuda", "--dtype=auto", "--max_iters=20", "--learning_rate=5e-3")
+    assert resume(folder, "--max_iters=30")["test_loss"] < np.log(512)
+    capsys.readouterr()
+    texts = []
+    for _ in range(2):
+        sample.main([f"--out_dir={folder}", "--max_new_tokens=60", "--num_samples=3"])
+        texts.append(capsys.readouterr().out.rsplit("[", 1)[0])
+    assert texts[0] == texts[1] and len(texts[0]) > 200
 
 
 @BOTH

@@ -149,7 +149,7 @@ class Trainer:
         self.device, self.block_size = next(model.parameters()).device, model.config.block_size
         self.tokens_per_step = config.batch_size * config.gradient_accumulation_steps * self.block_size
         self.n_windows = {split: data.count_windows(t, self.block_size) for split, t in splits.items()}
-        self.dtype, self.reason = choose_dtype(config.dtype, self.device)
+        self.dtype, self.reason = choose_dtype(config.dtype, self.device, config.model)
         set_matmul_precision(self.dtype)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.optimizers = make_optimizers(model, config, self.dtype)
@@ -505,8 +505,10 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
-        shapes = dict.fromkeys(p.shape for p in params)         # a group for each
-        super().__init__([{"params": [p for p in params if p.shape == shape]} for shape in shapes], {"lr": lr})
+        groups = {}                     # one for each shape
+        for p in params:
+            groups.setdefault(p.shape, {"params": []})["params"].append(p)
+        super().__init__(list(groups.values()), {"lr": lr})
         self.weight_decay, self.dtype, self.momentum = weight_decay, dtype, momentum
 
     @torch.no_grad()
@@ -620,18 +622,23 @@ def choose_device(name="auto"):
     return torch.device("cuda", rank)
 
 
-def choose_dtype(name, device, training=True):
-    """-> the torch.dtype of the matrix products, and why. Raises UserError for int8 on CUDA.
+def choose_dtype(name, device, model=None):
+    """-> the torch.dtype of the matrix products, and why. model: the one to train; None: to generate. Raises
+    UserError for int8 on CUDA.
 
-    cuda: bfloat16 from Ampere on, else float16. cpu: bfloat16 where the processor multiplies it (AVX512-BF16,
-    AMX); elsewhere it would be emulated, slower than float32. mps: float32 to train, float16 to generate.
+    cuda: bfloat16 from Ampere on, else float16; float16 to train the LSTM, for cuDNN's kernels that keep the
+    weights on the chip through all steps know no other: three times as fast. cpu: bfloat16 where the
+    processor multiplies it (AVX512-BF16, AMX); elsewhere it would be emulated, slower than float32. mps:
+    float32 to train, float16 to generate.
     """
     if name == "int8" and device.type == "cuda":
         raise UserError("--dtype=int8 is for cpu and mps: leave --dtype out")
     if name != "auto":
         return getattr(torch, name), "as asked"
-    if device.type == "mps" and not training:
+    if device.type == "mps" and not model:
         return torch.float16, "half the bytes to read"
+    if device.type == "cuda" and model == "lstm":
+        return torch.float16, "cuDNN's fastest kernels know no other"
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16, "this GPU has no bfloat16"
     if device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
