@@ -244,21 +244,25 @@ def compare_table(dataset, runs):
 
 
 def compare_curves(dataset, runs, panels):
-    """Panels: the Transformers' curves, the LSTMs', and the loss by position of the runs right in out_dir."""
-    for run in runs:
-        million = [tokens / 1e6 for tokens in curve(run, "tokens_seen")]
-        panel = panels[list(MODELS).index(run["config"]["model"])]
-        panel.plot(million, curve(run, "val_loss"), label=run["folder"].name)
-        if len(run["folder"].parts) == 1:           # not the ablation, a folder deeper
-            by_position = run["test_loss_by_position"]
+    """Panels: the Transformers' curves, the LSTMs', the darker the better, and the loss by position of the
+    best of each."""
+    from matplotlib import colormaps
+    for panel, name, colours in zip(panels, MODELS, ("Blues", "Oranges")):
+        mine = sorted((r for r in runs if r["config"]["model"] == name), key=lambda run: run["test_loss"])
+        for run, shade in zip(mine, np.linspace(0.9, 0.3, len(mine))):
+            million, label = [tokens / 1e6 for tokens in curve(run, "tokens_seen")], run["folder"].name
+            panel.plot(million, curve(run, "val_loss"), color=colormaps[colours](shade), label=label)
+        for best in mine[:1]:
+            by_position = best["test_loss_by_position"]
             ends = [0] + [2 ** k for k in range(20) if 2 ** k < len(by_position)] + [len(by_position)]
             means = [np.mean(by_position[a:b]) for a, b in zip(ends, ends[1:])]
-            panels[2].semilogx(ends[1:], means, "o-", label=f"{run['folder'].name}, means up to the mark")
-    for panel, title in zip(panels, (*MODELS, "by position")):
-        panel.set(title=f"{title}, {dataset}", xlabel="million tokens seen", ylabel="validation loss, nats")
+            panels[2].semilogx(ends[1:], means, "o-", color=colormaps[colours](0.9), label=name)
+        panel.set(title=f"{name}, {dataset}", xlabel="million tokens seen", ylabel="validation loss, nats")
+    panels[2].set(title=f"the best of each, {dataset}", ylabel="test loss, nats",
+                  xlabel="position in the context, means up to the mark")
+    for panel in panels:
         if panel.lines:
             panel.legend()
-    panels[2].set(xlabel="position in the context", ylabel="test loss, nats")
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -1077,7 +1077,7 @@ def test_recipes_set_what_they_say(here):
 def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(name):
     ours, theirs = make(name), make(name)
     start = [p.detach().clone() for p in ours.parameters()]
-    config = TrainConfig(model=name, optimizer="muon", muon_learning_rate=0.02)
+    config = TrainConfig(model=name, optimizer="muon", learning_rate=5e-4, muon_learning_rate=0.02)
     matrices = [p for p in theirs.blocks.parameters() if p.dim() == 2]
     rest = [p for n, p in theirs.named_parameters() if p.dim() == 1 or not n.startswith("blocks")]
     adamw = torch.optim.AdamW([{"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
@@ -1100,7 +1100,7 @@ def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(na
 
 def test_the_schedule_is_a_warmup_and_a_cosine():
     def rates(steps, minutes=0.0, **keys):
-        config = TrainConfig(**keys)
+        config = TrainConfig(**{"learning_rate": 5e-4, **keys})
         return [config.learning_rate * train.schedule_at(config, State(step=step, minutes=minutes))
                 for step in steps]
 

@@ -64,7 +64,7 @@ class TrainConfig:
     max_minutes: float = 120.0          # minutes, evaluations included, the final test not; 0: no limit
     # optimizer
     optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # auto: muon for the GPT, else adamw
-    learning_rate: float = 5e-4         # the highest of the schedule
+    learning_rate: float = 4e-3         # the highest of the schedule
     muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
     weight_decay: float = 0.1           # pull of the weights towards zero; adam: of all, else matrices only
     beta1: float = 0.9                  # memory of Adam's mean of gradients
@@ -106,6 +106,7 @@ class TrainConfig:
 RECIPES = {"tuned": {}, "report": {
     "optimizer": "adam",            # decay 0.1 inside the gradient, which Adam then divides by its size
     "beta2": 0.999,
+    "learning_rate": 5e-4,
     "schedule": "constant", "warmup_iters": 0,
     "grad_clip": 0.0,
     "dtype": "float32", "compile": "False",
