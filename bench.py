@@ -49,8 +49,8 @@ class BenchConfig:
     train: bool = False             # time training steps instead of generation
     compare: bool = False           # time nothing: tables and curves of the finished runs below out_dir
     new_tokens: int = 248           # to generate after a prompt of 8; 248 fills the GPT's window of 256
-    batch_size: int = 0             # sequences at once; 0: 1, to train the report's 32
-    repeats: int = 3                # runs of which the median counts
+    batch_size: int = 0             # sequences at once; 0: 1, and to train the report's 32
+    repeats: int = 3                # timed runs; the median is reported
     out_dir: str = "outputs"        # where the JSON file and the chart go
 
     def __post_init__(self):
@@ -216,7 +216,8 @@ def compare(out_dir):
                 raise ValueError("no test_loss_by_position")
             runs.setdefault(run["config"]["dataset"], []).append(run)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path.parent} is damaged or of an older version ({error}): move it away")
+            raise UserError(f"{path.parent} is damaged, or of an older version ({error}): "
+                            "move it away") from None
     if not runs:
         raise UserError(f"no finished run in or below {out_dir}: run `python train.py` first")
     with picture(out_dir / "comparison.png", 3, 21, 7 * len(runs), len(runs)) as rows:

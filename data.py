@@ -168,7 +168,8 @@ def parts_of_text(pieces, size):
 
 def cut(text, most=LONGEST_PART):
     """Yield text in parts of at most so many characters. A cut takes the place of a space, for which the
-    mark at the front of the next part will stand (a tokenizer that puts none there loses that space)."""
+    mark at the front of the next part will stand (a tokenizer that puts none there loses that space; a text
+    without spaces gains one)."""
     start = 0
     while len(text) - start > most:
         end = text.rfind(" ", start + most // 2, start + most)
@@ -303,8 +304,8 @@ def train_tokenizer(texts, vocab_size):
     """Learn a Llama-style BPE (Sennrich et al. 2016) of vocab_size entries from an iterable of texts.
 
     <unk>, <s>, </s>, then 256 byte tokens to which any unseen character falls back, then the merges. A space
-    is the mark ▁ at the front of a word; decoding gives the text back unchanged. The vocabulary is learned
-    from all splits: it only fixes the units, which both models share.
+    is the mark ▁ at the front of a word; decoding gives the text back, but for a ▁ of its own. The
+    vocabulary is learned from all splits: it only fixes the units, which both models share.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
@@ -355,7 +356,7 @@ def load_tokenizer(name):
     try:
         tok = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
         size = tokenizer_size(tok)
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:  # a damaged or foreign file can raise anything, even a panic of Rust's
         why = f"cannot load the tokenizer {name!r} ({first_line(error)})"
@@ -383,7 +384,7 @@ def encode(tok, texts):
     UserError where the tokenizer cannot."""
     try:
         return tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:          # a panic of Rust's is no Exception
         raise UserError(f"the tokenizer fails on a text ({first_line(error)}): choose another") from None
@@ -445,21 +446,20 @@ def get_batch(tokens, windows, block_size, device):
     """Windows by number -> idx and targets (B, T) int64 on device: targets are the tokens after idx."""
     rows = np.stack([tokens[w * block_size:(w + 1) * block_size + 1] for w in map(int, windows)])
     batch = torch.from_numpy(rows.astype(np.int64))
-    if torch.device(device).type == "cuda":     # from pinned memory the copy runs beside the computation
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    else:
-        batch = batch.to(device)
+    if torch.device(device).type == "cuda":
+        batch = batch.pin_memory()      # from there the copy runs beside the computation
+    batch = batch.to(device, non_blocking=True)
     return batch[:, :-1], batch[:, 1:]
 
 
 # ----------------------------------------------------------------------------------------------------
 # The command line, for every script: dataclass fields are the keys, their trailing comments the help
 
-class UserError(SystemExit):
+class UserError(Exception):
     """A mistake the user can mend. Raised anywhere, it ends the program with one line and exit code 1."""
 
     def __init__(self, message):
-        super().__init__("error: " + message.replace("\n", " "))
+        super().__init__(message.replace("\n", " "))
 
 
 def first_line(error):
@@ -556,7 +556,7 @@ def run(main):
         sys.exit(130)
     except BrokenPipeError:
         os._exit(141)       # as the shell reports a program that SIGPIPE ended
-    except OSError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):

@@ -153,11 +153,11 @@ def capture(function):
 
 class Weight:
     """Stands in a model where a float matrix (N, K) stood: PyTorch hands F.linear to any argument that has
-    __torch_function__, so the models need not know. Each kind has linear(x (..., K), bias) -> (..., N)."""
+    __torch_function__, so model.step need not know. Each kind has linear(x (..., K), bias) -> (..., N)."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is not F.linear:
+        if function is not F.linear or kwargs:
             raise TypeError(f"this weight can do no more than F.linear, not {function}")
         x, weight, *bias = args
         return weight.linear(x, *bias)
@@ -353,7 +353,8 @@ def main(argv):
 
 
 def grid(model, tok, config, facts, out_dir):
-    """The report's inference file: all prompts at all temperatures -> *_inference_results.json in out_dir."""
+    """The report's inference file: all prompts at all temperatures -> *_inference_results.json in out_dir,
+    each text with its <s>, as the report's."""
     results = []
     for prompt in GRID_PROMPTS:
         for temperature in GRID_TEMPERATURES:
