@@ -78,9 +78,8 @@ def prepare(config):
     refuse_foreign_files(target)
     if not source and config.dataset not in PRESETS:
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
-    if source and not Path(source).is_file():
-        kind = "a folder, not a file" if Path(source).is_dir() else "no such file"
-        raise UserError(f"--source={source}: {kind}; name a .jsonl, .jsonl.zst or .txt")
+    if source and not (Path(source).is_file() and source.endswith((".jsonl", ".jsonl.zst", ".txt"))):
+        raise UserError(f"--source={source}: no such .jsonl, .jsonl.zst or .txt file")
     trained, one_text = config.tokenizer == "train", source.endswith(".txt")
     tok = None if trained else load_tokenizer(config.tokenizer)     # fails in seconds, before any download
     if not source and config.dataset == "plwiki":
@@ -219,8 +218,6 @@ def read_documents(path, quality, left_out):
     """
     import zstandard
     path, n, found = Path(path), 0, False
-    if not path.name.endswith((".jsonl", ".jsonl.zst", ".txt")):
-        raise UserError(f"{path}: the name must end in .jsonl, .jsonl.zst or .txt")
     file, size, one_text = open(path, "rb"), path.stat().st_size, path.suffix == ".txt"
     unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
     stream = io.TextIOWrapper(unpacked if path.suffix == ".zst" else file, encoding="utf-8-sig", newline="")
