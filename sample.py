@@ -43,7 +43,7 @@ class SampleConfig:
     top_p: float = 1.0              # draw among the likeliest that together have this probability; 1: all
     max_new_tokens: int = 200       # tokens to generate, fewer where the text ends with </s>
     num_samples: int = 1            # continuations, generated as one batch
-    seed: int = 1337                # the same seed gives the same text
+    seed: int = 1337                # the same seed gives the same text; an empty one is drawn anew, once
     grid: bool = False              # all prompts at all temperatures, written to a JSON file
     export: str = ""                # write the model to this folder, for use elsewhere, and end
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
@@ -339,12 +339,16 @@ def main(argv):
     ids = encode_prompt(tok, config.prompt, model.config)
     if config.num_samples == 1:
         stream = TextStream(tok, ids)
+
+        def show(token):
+            print(stream.push(token), end="", flush=True)
+
         print(config.prompt, end="", flush=True)
-        rows, speed = continue_prompt(model, tok, ids, config, config.temperature,
-                                      lambda token: print(stream.push(token), end="", flush=True))
+        rows, speed = continue_prompt(model, tok, ids, config, config.temperature, show)
+        if rows[0] == ids:              # the end of the text was drawn first: once more
+            config.seed += 1
+            rows, speed = continue_prompt(model, tok, ids, config, config.temperature, show)
         print(stream.flush())
-        if rows[0] == ids:
-            print("the end of the text was drawn first: try another --seed", file=sys.stderr)
     else:
         rows, speed = continue_prompt(model, tok, ids, config, config.temperature)
         for i, row in enumerate(rows, 1):

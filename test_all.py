@@ -1707,6 +1707,15 @@ def test_train_without_data_makes_mini_and_says_so(empty, monkeypatch, capsys):
         {("max_iters", 400), ("n_hidden", 192)}
 
 
+def test_an_empty_text_is_drawn_anew_once(here, monkeypatch, capsys):
+    """With a seed whose first draw is the end of the text, and the next one's is not."""
+    end = data.load_tokenizer("data/tiny/tokenizer").eos_token_id
+    draws = iter([end, 300, 301, end])
+    monkeypatch.setattr(sample, "pick", lambda logits, *_: torch.full((1,), next(draws)))
+    sample.main(["--prompt=Raz", "--max_new_tokens=5", "--device=cpu", "--out_dir=outputs/rnn"])
+    assert capsys.readouterr().out.splitlines()[0] > "Raz" and not list(draws)
+
+
 @BOTH
 def test_sample_streams_text_and_repeats_itself(name, work, empty, capsys):
     """From the run's folder alone: data/ is not needed."""
