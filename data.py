@@ -556,7 +556,8 @@ def run(main):
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or
+                re.search("allocate|overflowed", str(error))):
             raise
         sys.exit("error: out of memory: lower --batch_size, --block_size or --num_samples")
 
