@@ -353,7 +353,7 @@ def load_tokenizer(name):
     try:
         tok = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
         size = tokenizer_size(tok)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):     # SIGTERM is the second, see run
         raise
     except BaseException as error:  # a damaged or foreign file can raise anything, even a panic of Rust's
         why = f"cannot load the tokenizer {name!r} ({first_line(error)})"
@@ -381,7 +381,7 @@ def encode(tok, texts):
     UserError where the tokenizer cannot."""
     try:
         return tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):     # SIGTERM is the second, see run
         raise
     except BaseException as error:          # a panic of Rust's is no Exception
         raise UserError(f"the tokenizer fails on a text ({first_line(error)}): choose another") from None

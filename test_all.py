@@ -895,6 +895,12 @@ def test_a_tokenizer_in_sentencepieces_format_is_named_and_what_is_left_out_coun
     assert re.search(r"it has [\d,]+: the text has no more pieces", said)
 
 
+@pytest.mark.parametrize("ending", [SystemExit(143), KeyboardInterrupt()])
+def test_a_signal_while_a_text_is_encoded_is_no_fault_of_the_tokenizer(ending):
+    with pytest.raises(type(ending)):
+        data.encode(mock.Mock(side_effect=ending), ["Raz"])
+
+
 @pytest.mark.parametrize("damage", ["token", "cut", "missing", "pipe", "meta", "vocabulary", "version"])
 def test_damaged_data_folders_are_refused(damage, spoilable):
     binary, meta_json = Path("data/tiny/val.bin"), Path("data/tiny/meta.json")

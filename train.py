@@ -40,7 +40,7 @@ from data import UserError, first_line, progress_bar
 from model_gpt import GPT, GPTConfig
 from model_lstm import LSTM, LSTMConfig
 
-FORMAT_VERSION = 5      # of the checkpoints; raised when an older one can no longer be read
+FORMAT_VERSION = 6      # of the checkpoints; raised when an older one can no longer be read
 # key: (class, config, default folder, named as the report names it)
 MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
 # Which of how many processes this is, as torchrun says. The first one writes and prints.
