@@ -9,8 +9,9 @@ compare finished runs.
     python bench.py --help
 
 naive: the whole context is computed anew for each token, as the report did; cached: only the newest token
-is; graph: that in one launch. Prints a table, writes bench.json, with --train bench_training.json, and a bar
-chart beside it. Times the loop of sample.py and the train_step of train.py as they are.
+is; graph: that in one launch; compiled: a graph of fused kernels. Prints a table, writes bench.json, with
+--train bench_training.json, and a bar chart beside it. Times the loop of sample.py and the train_step of
+train.py as they are.
 """
 import json
 import re
@@ -31,7 +32,7 @@ from model_gpt import GPT
 from model_lstm import LSTM
 from sample import generate, to_dtype
 from train import MODELS, RECIPES, TrainConfig, Trainer, choose_device, choose_dtype, device_name, \
-    devices_present, peak_memory_gb, picture, write_json
+    devices_present, peak_memory_gb, picture, try_compile, write_json
 
 PROMPT_TOKENS = 8
 # Dense bfloat16 rates in TFLOP/s, of NVIDIA's data sheets (SXM, where there is one). Training rows name the
@@ -79,8 +80,9 @@ def bench_generation(name, device, config):
     prompt = torch.randint(config_class().vocab_size, (config.batch_size, PROMPT_TOKENS), device=device)
     exact, bandwidth, naive = torch.float32, read_bandwidth(device), None
     fast = choose_dtype("auto", device)[0]
-    best = ("graph", fast) if device.type == "cuda" else ("cached", torch.int8)
-    for mode, dtype in dict.fromkeys([("naive", exact), ("cached", exact), ("cached", fast), best]):
+    best = {"cuda": [("graph", fast), ("compiled", fast)], "mps": [], "cpu": [("cached", torch.int8)]}
+    ways = [("naive", exact), ("cached", exact), ("cached", fast), *best[device.type]]
+    for mode, dtype in dict.fromkeys(ways):
         model = model_class(config_class()).to(device).eval()
         # what one token must read: all weights but the embedding tables, of which it reads a row
         n_weights = sum(p.numel() for k, p in model.named_parameters() if not k.startswith(("wte", "wpe")))
@@ -210,11 +212,10 @@ def compare(out_dir):
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
             lines = (path.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            run["metrics"] = [json.loads(line) for line in lines]
-            run["folder"] = path.parent.relative_to(out_dir)
-            if "test_loss_by_position" not in run:
-                raise ValueError("no test_loss_by_position")
-            runs.setdefault(run["config"]["dataset"], []).append(run)
+            run |= {"folder": path.parent.relative_to(out_dir), "curve": [json.loads(line) for line in lines]}
+            row = ("| {folder} | {tokens_seen:,} | {tokens_per_second:,.0f} | {peak_memory_gb} "
+                   "| {val_loss:.3f} | {test_loss:.3f} | {test_bits_per_character:.3f} |").format(**run)
+            runs.setdefault(run["config"]["dataset"], []).append((row, run))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path.parent} is damaged, or of an older version ({error}): "
                             "move it away") from None
@@ -222,26 +223,10 @@ def compare(out_dir):
         raise UserError(f"no finished run in or below {out_dir}: run `python train.py` first")
     with picture(out_dir / "comparison.png", 3, 21, 7 * len(runs), len(runs)) as rows:
         for (dataset, of_dataset), panels in zip(runs.items(), rows):
-            compare_table(dataset, of_dataset)
-            compare_curves(dataset, of_dataset, panels)
+            print(f"\n| {dataset} | tokens | tokens/s | peak GB | best val | test | bits per character |\n"
+                  "|---|---|---|---|---|---|---|", *(row for row, _ in of_dataset), sep="\n")
+            compare_curves(dataset, [run for _, run in of_dataset], panels)
     print(f"written: {out_dir / 'comparison.png'}")
-
-
-def curve(run, key):
-    """One column of a run's metrics."""
-    return [row[key] for row in run["metrics"]]
-
-
-def compare_table(dataset, runs):
-    """Equal tokens and equal minutes are those of the run that has fewest."""
-    tokens, minutes = (min(run["metrics"][-1][key] for run in runs) for key in ("tokens_seen", "minutes"))
-    print(f"\n| {dataset} | tokens | tokens/s | peak GB | val loss at {tokens:,} tokens "
-          f"| at {minutes:.1f} minutes | best val | test |\n|---|---|---|---|---|---|---|---|")
-    for run in runs:
-        at_tokens = np.interp(tokens, curve(run, "tokens_seen"), curve(run, "val_loss"))
-        at_minutes = np.interp(minutes, curve(run, "minutes"), curve(run, "val_loss"))
-        print("| {folder} | {tokens_seen:,} | {tokens_per_second:,.0f} | {peak_memory_gb} ".format(**run) +
-              f"| {at_tokens:.3f} | {at_minutes:.3f} | {run['val_loss']:.3f} | {run['test_loss']:.3f} |")
 
 
 def compare_curves(dataset, runs, panels):
@@ -251,8 +236,8 @@ def compare_curves(dataset, runs, panels):
     for panel, name, colours in zip(panels, MODELS, ("Blues", "Oranges")):
         mine = sorted((r for r in runs if r["config"]["model"] == name), key=lambda run: run["test_loss"])
         for run, shade in zip(mine, np.linspace(0.9, 0.3, len(mine))):
-            million, label = [tokens / 1e6 for tokens in curve(run, "tokens_seen")], run["folder"].name
-            panel.plot(million, curve(run, "val_loss"), color=colormaps[colours](shade), label=label)
+            million, losses = zip(*((row["tokens_seen"] / 1e6, row["val_loss"]) for row in run["curve"]))
+            panel.plot(million, losses, color=colormaps[colours](shade), label=run["folder"].name)
         for best in mine[:1]:
             by_position = best["test_loss_by_position"]
             ends = [0] + [2 ** k for k in range(20) if 2 ** k < len(by_position)] + [len(by_position)]
@@ -298,6 +283,9 @@ def main(argv):
         return compare(out_dir)
     config.batch_size = config.batch_size or (32 if config.train else 1)
     devices = [choose_device(d) for d in (devices_present() if config.device == "all" else [config.device])]
+    for device in devices:
+        if device.type == "cuda":
+            try_compile(device)         # now, and not after minutes
     out_dir.mkdir(parents=True, exist_ok=True)
     machine = "; ".join(device_name(d) for d in devices) + f"; torch {torch.__version__}"
     kind, bench, path = ("training", bench_training, out_dir / "bench_training.json") if config.train else \

@@ -143,9 +143,9 @@ class GPT(nn.Module):
         T = S = idx.size(1)                     # S: how many keys x looks at
         caches, pos = [None] * len(self.blocks), 0
         if state is not None:
-            caches, pos = state
+            *caches, pos = state
             S = keys_in_use(pos, T, self.config.block_size)
-            caches = caches[..., :S, :].unbind()
+            caches = [cache[..., :S, :] for cache in caches]
         if max(S, T) > self.config.block_size:
             raise ValueError(f"{max(S, T)} tokens do not fit in block_size {self.config.block_size}")
         positions = pos + torch.arange(T, device=idx.device)
@@ -171,19 +171,20 @@ class GPT(nn.Module):
         return logits.detach(), loss if reduction == "mean" else loss.view_as(targets)
 
     def init_state(self, batch_size):
-        """An empty KV cache, allocated once: keys and values (n_layer, 2, B, nh, block_size, hs), and how
-        many tokens it holds, a number on the device. Zeroing both empties it."""
+        """An empty KV cache, allocated once: for each layer keys and values (2, B, nh, block_size, hs), and
+        how many tokens they hold, a number on the device. Zeroing all of it empties it."""
         c, w = self.config, self.wte.weight
-        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        shape = (2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
         dtype = torch.promote_types(w.dtype, torch.float32) if w.is_cpu else w.dtype    # faster on a CPU
-        return tuple(torch.zeros(s, dtype=d, device=w.device) for s, d in ((shape, dtype), ((), torch.int64)))
+        caches = [torch.zeros(shape, dtype=dtype, device=w.device) for _ in self.blocks]
+        return *caches, torch.zeros((), dtype=torch.int64, device=w.device)
 
     @torch.no_grad()
     def step(self, idx, state):
         """Consume idx (B, T), T >= 1 new tokens -> logits (B, V) after the last, and the state, written in
         place. ValueError where it cannot hold T more (see `window`); on a GPU the caller must see to it."""
         x = self._hidden(idx, state)
-        state[1].add_(idx.size(1))
+        state[-1].add_(idx.size(1))
         return self.lm_head(x[:, -1]), state
 
     @property

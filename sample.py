@@ -25,7 +25,7 @@ import data
 from data import UserError
 from model_gpt import GPT
 from train import MODELS, build_model, choose_device, choose_dtype, device_name, load_checkpoint, \
-    set_matmul_precision, write_json, write_whole
+    set_matmul_precision, try_compile, write_json, write_whole
 
 GRID_TEMPERATURES = (0.5, 1.0, 1.5)
 GRID_PROMPTS = ("Polska to piękny kraj.", "Dawno temu", "Miasto leży nad rzeką", "W 1920 roku",
@@ -47,7 +47,8 @@ class SampleConfig:
     grid: bool = False              # all prompts at all temperatures, written to a JSON file
     export: str = ""                # write the model to this folder, for use elsewhere, and end
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"   # int8: not on cuda
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"   # int8: on cpu only
+    compile: bool = False           # torch.compile, on cuda only: faster after some ten seconds
 
     def __post_init__(self):
         if not (1 <= self.max_new_tokens <= 10 ** 6 and 1 <= self.num_samples <= 10 ** 6):
@@ -65,8 +66,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
 
     mode: "naive" computes the whole window anew for every token, as the report and nanoGPT do; "cached"
     feeds only the newest token to model.step, which keeps what it needs of the past; "graph" is that in one
-    launch per token, on CUDA. None: the fastest here. The tokens are the same. generator, a CPU one, decides
-    all draws.
+    launch per token, on CUDA, and "compiled" the same with fewer kernels. None: graph on CUDA, else cached.
+    The tokens are the same, but for rounding. generator, a CPU one, decides all draws.
     """
     (B, T), device = idx.shape, idx.device
     mode = mode or ("graph" if device.type == "cuda" else "cached")
@@ -79,10 +80,12 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     def draw(logits):
         newest.copy_(pick(logits, temperature, top_k, top_p, uniform)[:, None])
 
-    def decode():
-        draw(model.step(newest, state)[0])
+    step = torch.compile(model.step) if mode == "compiled" else model.step
 
-    if mode == "graph":
+    def decode():
+        draw(step(newest, state)[0])
+
+    if mode in ("graph", "compiled"):
         decode = capture(decode)        # which runs it: the state is no longer empty
     first, refill = 0, True             # the window is tokens[:, first:t]; refill: the state must read it all
     for t in range(T, T + max_new_tokens):
@@ -197,49 +200,37 @@ def fastest_row_kernel(dtype):
 
 
 class Int8Weight(Weight):
-    """8-bit integers. Each output channel n has one scale, s_n = max |w_n| / 127, and the integers
-    round(w_n / s_n): half the bytes of bfloat16. A CPU's fast kernel multiplies integers by integers, so
-    there the activations, in float32, are rounded too, by the range of each call (Jacob et al. 2018); on MPS
-    they stay as they are.
-    """
+    """8-bit integers, on a CPU. Each output channel n has one scale, s_n = max |w_n| / 127, and the integers
+    round(w_n / s_n): half the bytes of bfloat16. The kernel multiplies integers by integers, so the
+    activations, in float32, are rounded too, by the range of each call (Jacob et al. 2018)."""
 
-    def __init__(self, w, round_activations):
-        w, self.round_activations = w.detach().float(), round_activations
-        self.scale = w.abs().amax(dim=1).clamp(min=1e-12) / 127
-        if round_activations:
-            if torch.backends.quantized.engine == "none":       # macOS: it has a kernel, and chooses none
-                torch.backends.quantized.engine = "qnnpack"
-            with warnings.catch_warnings():     # PyTorch 2.13 announces the end of this way, not yet another
-                warnings.filterwarnings("ignore", message=".*quantize_per_channel")
-                zero = torch.zeros(len(w), dtype=torch.int64)
-                q = torch.quantize_per_channel(w, self.scale.double(), zero, axis=0, dtype=torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(q, None)
-        else:
-            self.packed = (w / self.scale[:, None]).round().to(torch.int8)
+    def __init__(self, w):
+        w = w.detach().float()
+        scale, zero = w.abs().amax(dim=1).clamp(min=1e-12) / 127, torch.zeros(len(w), dtype=torch.int64)
+        if torch.backends.quantized.engine == "none":       # macOS: it has a kernel, and chooses none
+            torch.backends.quantized.engine = "qnnpack"
+        with warnings.catch_warnings():     # PyTorch 2.13 announces the end of this way, not yet another
+            warnings.filterwarnings("ignore", message=".*quantize_per_channel")
+            q = torch.quantize_per_channel(w, scale.double(), zero, axis=0, dtype=torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(q, None)
 
-    def linear(self, x, bias=None):
-        if self.round_activations:      # reduce_range: 7 bits for x; 8 overflow where a CPU lacks VNNI
-            y = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
-        else:
-            rows, scale = x.flatten(0, -2).contiguous(), self.scale.to(x.dtype)
-            y = torch._weight_int8pack_mm(rows, self.packed, scale).unflatten(0, x.shape[:-1])
+    def linear(self, x, bias=None):     # reduce_range: 7 bits for x; 8 overflow where a CPU lacks VNNI
+        y = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
         return y if bias is None else y + bias
 
 
 def to_dtype(model, dtype):
-    """model for generation, its weights in dtype, for good. In int8, and in a half precision on a CPU, its
+    """model for generation, its weights in dtype, for good. On a CPU, where dtype is not float32, its
     matrices become Weights; not the embeddings, of which a token reads a single row."""
     set_matmul_precision(dtype)
-    int8, on_cpu = dtype == torch.int8, next(model.parameters()).device.type == "cpu"
-    model.to(dtype if not int8 else torch.float32 if on_cpu else torch.float16)
-    if not (int8 or on_cpu and dtype != torch.float32):
-        return model
-    for module in model.modules():
-        for name, w in list(module.named_parameters(recurse=False)):
-            tiles = on_cpu or not (w.size(0) % 32 or w.size(-1) % 32)   # MPS's kernel takes tiles of 32 x 32
-            if w.dim() == 2 and not isinstance(module, nn.Embedding) and tiles:
-                delattr(module, name)
-                setattr(module, name, Int8Weight(w, round_activations=on_cpu) if int8 else HalfWeight(w))
+    model.to(torch.float32 if dtype == torch.int8 else dtype)
+    kind = Int8Weight if dtype == torch.int8 else HalfWeight
+    if dtype != torch.float32 and next(model.parameters()).device.type == "cpu":
+        for module in model.modules():
+            for name, w in list(module.named_parameters(recurse=False)):
+                if w.dim() == 2 and not isinstance(module, nn.Embedding):
+                    delattr(module, name)
+                    setattr(module, name, kind(w))
     return model
 
 
@@ -280,7 +271,7 @@ def continue_prompt(model, tok, ids, config, temperature, on_token=None):
     idx = torch.tensor([ids] * config.num_samples, device=next(model.parameters()).device)
     generator, rows = torch.Generator().manual_seed(config.seed), []
     for next_ids in generate(model, idx, config.max_new_tokens, temperature, config.top_k, config.top_p,
-                             generator):
+                             generator, "compiled" if config.compile else None):
         rows.append(next_ids)
         if len(rows) == 1:
             next_ids.tolist()                           # the prompt's pass is over
@@ -330,6 +321,10 @@ def main(argv):
     tok, device = data.load_tokenizer(str(out_dir / "tokenizer")), choose_device(config.device)
     if config.export:
         return export(build_model(checkpoint), tok, Path(config.export))
+    if config.compile and device.type != "cuda":
+        raise UserError("--compile=True needs --device=cuda: leave it out")
+    if config.compile:
+        try_compile(device)
     dtype, _ = choose_dtype(config.dtype, device)
     model = to_dtype(build_model(checkpoint).to(device), dtype)
     facts = {"model": checkpoint["config"]["model"], "dataset": checkpoint["config"]["dataset"],

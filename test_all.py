@@ -433,7 +433,8 @@ def test_a_decode_step_never_looks_at_a_value_on_the_device(name):
 @BOTH
 def test_a_cuda_graph_emits_the_tokens_of_the_other_ways(name, batch):
     model, idx = make(name).cuda(), tokens(batch, 5).cuda()
-    first, *others = [continuation(model, idx, 50, mode) for mode in ("graph", "cached", "naive", "graph")]
+    modes = "graph", "cached", "naive", "graph", "compiled"
+    first, *others = [continuation(model, idx, 50, mode) for mode in modes]
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -452,23 +453,17 @@ def test_generation_past_block_size_is_the_models_own(name):
 
 
 @BOTH
-@pytest.mark.parametrize("round_activations", [True, False])      # as on a CPU, as on MPS
-def test_int8_weights_are_the_floats_rounded_per_output_channel(name, round_activations, monkeypatch):
-    sizes = {"vocab_size": 64, "n_embd": 32, **({"n_hidden": 32} if name == "lstm" else {})}    # 32: MPS
-    model, rounded, idx = make(name, **sizes), make(name, **sizes), tokens(2, 16)
+def test_int8_weights_are_the_floats_rounded_per_output_channel(name):
+    model, rounded, idx = make(name), make(name), tokens(2, 16)
     matrices = [p for m in rounded.modules() for p in m.parameters(recurse=False)
                 if p.dim() == 2 and not isinstance(m, nn.Embedding)]
     for w in matrices:
         scale = w.data.abs().amax(1, keepdim=True) / 127
         w.data = (w.data / scale).round() * scale
-    if not round_activations:
-        monkeypatch.setattr(sample, "Int8Weight", lambda w, **_: Int8Weight(w.bfloat16(), False))
     sample.to_dtype(model, torch.int8)
     replaced = sum(isinstance(w, Int8Weight) for m in model.modules() for w in vars(m).values())
     assert replaced == len(matrices) > 5
-    if not round_activations:       # the kernel multiplies bfloat16 on a CPU
-        model.to(torch.bfloat16), rounded.to(torch.bfloat16)
-    got, exact = (m.step(idx, m.init_state(2))[0].float() for m in (model, rounded))
+    got, exact = (m.step(idx, m.init_state(2))[0] for m in (model, rounded))
     assert (got - exact).norm() < 0.05 * exact.norm() and not torch.equal(got, exact)
     assert torch.equal(continuation(model, idx, 20, "cached"), continuation(model, idx, 20, "cached"))
 
@@ -478,13 +473,13 @@ def test_int8_works_where_pytorch_chose_no_engine(monkeypatch):
     """As on macOS. Here the engine cannot be set to none, so a stand-in says so."""
     chosen = SimpleNamespace(engine="none")
     monkeypatch.setattr(torch.backends, "quantized", chosen)
-    Int8Weight(torch.ones(4, 8), True)
+    Int8Weight(torch.ones(4, 8))
     assert chosen.engine == "qnnpack"
     monkeypatch.undo()
     before, torch.backends.quantized.engine = torch.backends.quantized.engine, "qnnpack"
     try:
         w, x = torch.randn(64, 32), torch.randn(1, 3, 32)
-        assert (nn.functional.linear(x, Int8Weight(w, True)) - x @ w.T).norm() < 0.03 * (x @ w.T).norm()
+        assert (nn.functional.linear(x, Int8Weight(w)) - x @ w.T).norm() < 0.03 * (x @ w.T).norm()
     finally:
         torch.backends.quantized.engine = before
 
@@ -507,12 +502,12 @@ def test_a_half_precision_row_is_multiplied_alike_by_every_kernel(name, dtype, m
 
 
 def test_what_each_dtype_means_for_a_device():
-    refuses("for cpu and mps", train.choose_dtype, "int8", torch.device("cuda"))
+    refuses("needs --device=cpu", train.choose_dtype, "int8", torch.device("cuda"))
     assert train.choose_dtype("auto", torch.device("mps"))[0] == torch.float16
     assert train.choose_dtype("auto", torch.device("mps"), "gpt")[0] == torch.float32
     assert train.choose_dtype("auto", torch.device("cuda"), "lstm")[0] == torch.float16
     with pytest.raises(TypeError, match="no more than F.linear"):
-        torch.mm(torch.ones(2, 2), Int8Weight(torch.ones(2, 2), True))
+        torch.mm(torch.ones(2, 2), Int8Weight(torch.ones(2, 2)))
     for dtype, precision in ((torch.bfloat16, "high"), (torch.float32, "highest")):
         model = sample.to_dtype(make("gpt"), dtype)
         assert model.wte.weight.dtype == dtype and torch.get_float32_matmul_precision() == precision
@@ -949,6 +944,7 @@ MISTAKES = [
     ("sample", "--prompt=", "prompt is empty"),
     ("sample", "--top_p=1.5", "top_p"),
     ("sample", "--temperature=inf", "finite"),
+    ("sample", "--compile=True --device=cpu", "needs --device=cuda"),
     ("sample", "--out_dir=out/none", "python train.py"),
     ("sample", "--model=lstm --out_dir=outputs/transformer", "holds a gpt"),
     ("bench", "--device=tpu", "--device: invalid choice"),
@@ -1099,7 +1095,7 @@ def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(na
                 optimizer.step()
                 optimizer.zero_grad()
     for p, q, before in zip(ours.parameters(), theirs.parameters(), start):
-        assert (p - q).norm() <= 1e-3 * (q - before).norm() > 0
+        assert (p - q).norm() <= 1e-2 * (q - before).norm() > 0     # bfloat16 has 8 bits
     values = torch.linalg.svdvals(train.orthogonal(torch.randn(2, 30, 12)))
     assert 0.6 < values.min() and values.max() < 1.3
 
@@ -1250,15 +1246,9 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(here, capsys):
     resume("out/finished")
     assert "is finished: 4 steps" in capsys.readouterr().out and files_of("out/finished") == before
     last = saved_in("out/finished")
-    adamw, muon = (saved["state"] for saved in last["optimizers"])
-    for moments in adamw.values():              # that claim more numbers than the file holds
-        moments["exp_avg"] = torch.zeros(1).expand(moments["exp_avg"].shape)
-    torch.save(last, "out/finished/last.pt")
-    assert resume("out/finished", "--max_iters=6")["steps"] == 6
     one = {**last, "optimizers": last["optimizers"][:1]}
-    muon[0]["mean"] = torch.zeros(3)
     other = {**last, "data_sha256": "0"}
-    for damaged, message in ((last, "is damaged"), (one, "is damaged"), (other, "prepared anew")):
+    for damaged, message in ((one, "is damaged"), (other, "prepared anew")):
         torch.save(damaged, "out/finished/last.pt")
         refuses(message, resume, "out/finished", "--max_iters=8")
 
@@ -1504,7 +1494,6 @@ DAMAGES = {     # of a checkpoint, each a function that changes it
     "state": lambda c: c.pop("state"),
     "sparse": lambda c: c["model"].update({"wpe.weight": c["model"]["wpe.weight"].to_sparse()}),
     "code": lambda c: c.update(model=Hostile()),
-    "sha": lambda c: c.pop("data_sha256"),
     "nested": lambda c: c["config"].update(learning_rate=functools.reduce(lambda v, _: [v, v], range(40), 0)),
     "expanded": lambda c: c.update(expanded(c)),
 }
@@ -1674,11 +1663,12 @@ def checkpoint_of(path):
 @FUZZ
 @given(st.data())
 def test_any_spoiled_checkpoint_is_used_or_refused(spoilable, work, draws):
-    """Its bytes are changed; or a value anywhere in it is replaced, left out, or renamed."""
+    """Its bytes are changed; or a value anywhere in ckpt.pt, which can come from a stranger, is replaced,
+    left out, or renamed."""
     draw = draws.draw
     name, file = draw(st.sampled_from(["gpt", "lstm"])), draw(st.sampled_from(["ckpt.pt", "last.pt"]))
     path = Path(train.MODELS[name][2]) / file
-    if draw(st.integers(0, 3)) == 0:
+    if file == "last.pt" or draw(st.integers(0, 3)) == 0:
         path.write_bytes(spoil_bytes((work / path).read_bytes(), draw))
     else:
         part = checkpoint = copy.deepcopy(checkpoint_of(work / path))
@@ -1841,7 +1831,7 @@ def test_comparing_runs(work, empty, capsys):
         results = results_of(f"outputs/{name}")
         row, = (line.split("|") for line in lines if line.startswith(f"| {name} "))
         assert row[2].strip() == f"{results['tokens_seen']:,}"
-        assert [float(x) for x in row[5:9:3]] == [round(results[k], 3) for k in ("val_loss", "test_loss")]
+        assert [float(x) for x in row[5:7]] == [round(results[k], 3) for k in ("val_loss", "test_loss")]
     assert Path("outputs/comparison.png").read_bytes()[:4] == b"\x89PNG"
     Path("outputs/rnn/results.json").write_text('{"config": {"model": "lstm", "dataset": "tiny"}}')
     refuses("of an older version", bench.main, ["--compare=True"])

@@ -360,27 +360,13 @@ class Trainer:
         write_whole(self.out_dir / "last.pt", lambda p: torch.save({**self.checkpoint(), **moments}, p))
 
     def restore(self, saved):
-        """Go on from last.pt, as load_checkpoint gives it. Raises UserError where its moments or its loss
-        scale do not fit, which else would fail at some later step."""
+        """Go on from last.pt, as load_checkpoint gives it. Raises UserError where the rest does not fit."""
         try:
             self.model.load_state_dict(saved["model"])
             for optimizer, before in zip(self.optimizers, saved["optimizers"], strict=True):
-                parameters = [p for group in optimizer.param_groups for p in group["params"]]
-                moments, before = {}, before["state"]                   # empty before the first step
-                for i, p in enumerate(parameters if before else ()):
-                    found, adam = before[i], {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
-                    if shapes(found) != shapes({"mean": p} if isinstance(optimizer, Muon) else adam):
-                        raise ValueError("its optimizer is not of its model")
-                    # contiguous copies: away from the file, whatever strides it claims
-                    moments[i] = {k: torch.empty_like(v, memory_format=torch.contiguous_format).copy_(v)
-                                  for k, v in found.items()}
-                # the optimizer's own settings come from the config
-                optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-            if self.scaler.is_enabled() and saved["scaler"]:
-                scale, tracker = float(saved["scaler"]["scale"]), int(saved["scaler"]["_growth_tracker"])
-                if not (0 < scale < 1e38 and 0 <= tracker < 2 ** 31):
-                    raise ValueError("its loss scale is out of range")
-                self.scaler.load_state_dict({**saved["scaler"], "scale": scale, "_growth_tracker": tracker})
+                optimizer.load_state_dict(copy.deepcopy(before))        # a copy: no longer of the file
+            if saved["scaler"]:
+                self.scaler.load_state_dict(saved["scaler"])
         except Exception as error:
             raise UserError(f"{self.out_dir}/last.pt is damaged ({first_line(error)})") from None
         self.state = saved["state"]
@@ -548,19 +534,27 @@ def perplexity(loss):
 
 
 def compiled(model, config, device):
-    """model through torch.compile, where wanted and possible: it needs a C compiler and Python's headers."""
+    """model through torch.compile, where wanted and possible."""
     wanted = config.compile == "True" or config.compile == "auto" and device.type == "cuda"
     if config.model == "lstm" or not wanted:
         return model
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(16, device=device))
-        return torch.compile(model)
-    except Exception as error:
-        why = f"torch.compile does not work here ({first_line(error)})"
+        try_compile(device)
+    except UserError as error:
         if config.compile == "True":
-            raise UserError(f"{why}: leave --compile out") from None
-        print(f"{why}: the run goes on without it, somewhat slower")
+            raise
+        print(f"{error}. This run goes on without it, somewhat slower")
         return model
+    return torch.compile(model)
+
+
+def try_compile(device):
+    """Raises UserError where torch.compile does not work."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(16, device=device))
+    except Exception as error:
+        raise UserError(f"torch.compile does not work here ({first_line(error)}): leave --compile out, or "
+                        "install a C compiler and Python's headers") from None
 
 
 def may_fail(what, call):
@@ -626,14 +620,14 @@ def choose_device(name="auto"):
 
 def choose_dtype(name, device, model=None):
     """-> the torch.dtype of the matrix products, and why. model: the one to train; None: to generate. Raises
-    UserError for int8 on CUDA.
+    UserError for int8 elsewhere than on a CPU.
 
     cuda: bfloat16 from Ampere on, else float16; float16 to train the LSTM, see cudnn_recurrence. cpu:
     bfloat16 where the processor multiplies it (AVX512-BF16, AMX); elsewhere it would be emulated, slower than
     float32. mps: float32 to train, float16 to generate.
     """
-    if name == "int8" and device.type == "cuda":
-        raise UserError("--dtype=int8 is for cpu and mps: leave --dtype out")
+    if name == "int8" and device.type != "cpu":
+        raise UserError("--dtype=int8 needs --device=cpu: leave --dtype out")
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type == "mps" and not model:
@@ -742,8 +736,6 @@ def load_checkpoint(path):
             raise ValueError("its weights are not those of its configuration")
         if sum(v.nbytes for v in expected.values()) > size:
             raise ValueError("it is smaller than its weights")
-        if type(saved["data_sha256"]) is not str:
-            raise ValueError("it does not know its data")
     except Exception as error:      # a damaged file can raise anything
         why = "it holds code" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise UserError(f"{path} is damaged or no checkpoint of this project ({why})") from None
@@ -856,7 +848,7 @@ def start(keys, out_dir):
     if WORLD_SIZE > 1:
         dist.barrier()
     meta, splits = data.load_dataset(config.dataset)
-    if saved and saved["data_sha256"] != meta["splits"]["train"]["sha256"]:
+    if saved and saved.get("data_sha256") != meta["splits"]["train"]["sha256"]:
         raise UserError(f"data/{config.dataset} has been prepared anew since this run began: it cannot go on")
     model_config = data.configure(config_class, {"vocab_size": meta["vocab_size"]}, *layers)
     if model_config.vocab_size < meta["vocab_size"]:
