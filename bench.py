@@ -86,8 +86,7 @@ def bench_generation(name, device, config):
         model = model_class(config_class()).to(device).eval()
         # what one token must read: all weights but the embedding tables, of which it reads a row
         n_weights = sum(p.numel() for k, p in model.named_parameters() if not k.startswith(("wte", "wpe")))
-        timed = naive_seconds if mode == "naive" else cached_seconds
-        first, per_token = timed(to_dtype(model, dtype), prompt, config, mode)
+        first, per_token = token_seconds(to_dtype(model, dtype), prompt, config, mode)
         del model                                       # before the next is built: two may not fit
         speed = config.batch_size / per_token
         naive = naive or speed
@@ -106,29 +105,19 @@ def read_bandwidth(device):
     return x.numel() * 4 / seconds(x.sum, device, 9)
 
 
-def naive_seconds(model, prompt, config, mode):
-    """Seconds to the first token, and per token naively. The time of a pass grows about linearly with the
-    context, so the middle length stands for all: an LSTM's 248 passes take minutes."""
-    middle = min(prompt.size(1) + config.new_tokens // 2, model.window)
-    idx = torch.randint(model.config.vocab_size, (len(prompt), middle), device=prompt.device)
-
-    def one(idx):
-        list(generate(model, idx, 1, mode=mode))     # warms up: a GPU chooses its kernels by the length
-        return seconds(lambda: list(generate(model, idx, 1, mode=mode)), idx.device, config.repeats)
-
-    return one(prompt), one(idx)
-
-
-def cached_seconds(model, prompt, config, mode):
+def token_seconds(model, prompt, config, mode):
     """Seconds to the first token, which comes with the prompt's pass (and a graph's capture), and per token
-    after it."""
-    first, rest = [], []
-    for _ in range(1 + config.repeats):
+    after it. Naively a pass takes longer the longer the context, and an LSTM's 248 take minutes: one of the
+    middle length stands for all."""
+    first, rest, n = [], [], config.new_tokens - 1
+    middle = prompt[:, :1].expand(-1, min(PROMPT_TOKENS + config.new_tokens // 2, model.window))
+    for _ in range(1 + config.repeats):         # the first run warms up
         stream = generate(model, prompt, config.new_tokens, mode=mode)
         first.append(seconds(lambda: next(stream), prompt.device, 1))
+        if mode == "naive":
+            stream, n = generate(model, middle, 1, mode=mode), 1
         rest.append(seconds(lambda: [None for _ in stream], prompt.device, 1))
-    # the first run warms up
-    return statistics.median(first[1:]), statistics.median(rest[1:]) / (config.new_tokens - 1)
+    return statistics.median(first[1:]), statistics.median(rest[1:]) / n
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ import signal
 import sys
 import tempfile
 import textwrap
-import threading
 import typing
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -72,7 +71,8 @@ PRESETS = {"plwiki": {"n_docs": 100_000}, "mini": {"tokenizer": "train", "vocab_
 def prepare(config):
     """Write data/NAME/ as the DataConfig says. It appears whole or not at all; an older one is replaced.
 
-    Memory is that of one batch of text, whatever the size of the source. Raises UserError.
+    Memory is that of one batch of text, whatever the size of a .jsonl; a .txt is read whole. Raises
+    UserError.
     """
     target, source = dataset_folder(config.dataset), config.source
     refuse_foreign_files(target)
@@ -80,7 +80,7 @@ def prepare(config):
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
     if source and not (Path(source).is_file() and source.endswith((".jsonl", ".jsonl.zst", ".txt"))):
         raise UserError(f"--source={source}: no such .jsonl, .jsonl.zst or .txt file")
-    trained, one_text = config.tokenizer == "train", source.endswith(".txt")
+    trained = config.tokenizer == "train"
     tok = None if trained else load_tokenizer(config.tokenizer)     # fails in seconds, before any download
     if not source and config.dataset == "plwiki":
         source = fetch_plwiki(target.parent / "speakleash")
@@ -90,7 +90,7 @@ def prepare(config):
     def documents():
         left_out.clear()        # a source is read twice where a tokenizer is trained
         texts = read_documents(source, config.quality, left_out) if source else write_mini(config.seed)
-        return itertools.islice(texts, None if one_text else config.n_docs or None)
+        return itertools.islice(texts, config.n_docs or None)
 
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{config.dataset}-") as staging:
@@ -105,11 +105,8 @@ def prepare(config):
             tok.save_pretrained(new / "tokenizer")
         except Exception as error:      # its own kind of exception, where the disk is full
             raise UserError(f"cannot write the tokenizer ({first_line(error)})") from None
-        if one_text:
-            parts = parts_of_text(documents(), Path(source).stat().st_size)
-        else:
-            parts = parts_of_documents(documents(), config.seed)
-        splits = write_splits(parts, tok, new)
+        parts = parts_of_text if source.endswith(".txt") else parts_of_documents
+        splits = write_splits(parts(documents(), config.seed), tok, new)
         meta = {"format_version": FORMAT_VERSION, "dataset": config.dataset, "quality": config.quality,
                 "source": source or config.dataset, "seed": config.seed, "tokenizer": config.tokenizer,
                 "vocab_size": tokenizer_size(tok), "splits": splits}
@@ -155,14 +152,13 @@ def parts_of_documents(texts, seed):
             yield split, part, i == 0, i == len(parts) - 1
 
 
-def parts_of_text(pieces, size):
-    """The pieces of one text of so many bytes -> (split, piece, opens, closes): the first 80 % are train,
-    then 10 % val and 10 % test, as nanoGPT cuts its texts. One document: it opens and closes once."""
-    done = 0
-    for piece in pieces:
-        yield BY_TENTHS[min(9, 10 * done // size)], piece, done == 0, False
-        done += len(piece.encode())
-    yield "test", "", False, True
+def parts_of_text(texts, seed):
+    """One text -> (split, part, opens, closes): the first 80 % are train, then 10 % val and 10 % test, as
+    nanoGPT cuts its texts. In two hundred parts at least, that end at a space."""
+    for text in texts:
+        parts = list(cut(text, min(LONGEST_PART, max(100, len(text) // 200))))
+        for i, part in enumerate(parts):
+            yield BY_TENTHS[10 * i // len(parts)], part, i == 0, i == len(parts) - 1
 
 
 def cut(text, most=LONGEST_PART):
@@ -224,16 +220,14 @@ def read_documents(path, quality, left_out):
     with file, progress_bar(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
             lines = iter(partial(stream.readline, LONGEST_LINE), "")
-            for n, line in enumerate(text_pieces(stream, size) if one_text else lines, 1):
+            for n, line in enumerate([stream.read()] if one_text else lines, 1):
                 bar.update(file.tell() - bar.n)
-                text, label = line, None
-                if len(line) == LONGEST_LINE:
+                if len(line) == LONGEST_LINE and not one_text:
                     raise UserError(f"{path}, line {n}: longer than {LONGEST_LINE:,} characters")
-                if not one_text and not line.isspace():
-                    record = json.loads(line)
-                    text, label = record["text"], (record.get("meta") or {}).get("quality")
+                record = {"text": line} if one_text or line.isspace() else json.loads(line)
+                text, label = record["text"], (record.get("meta") or {}).get("quality")
                 if not text.strip():
-                    left_out["blank pieces" if one_text else "blank documents"] += 1
+                    left_out["blank documents"] += 1
                 elif quality not in ("ALL", label or quality):
                     left_out[f"documents of quality {label}"] += 1
                 else:
@@ -254,28 +248,13 @@ def read_documents(path, quality, left_out):
         raise UserError(f"{path} holds no document{which}")
 
 
-def text_pieces(stream, size):
-    """Yield a text of so many bytes in pieces that end at a space, small enough to cut it by tenths."""
-    most, rest = min(LONGEST_PART, max(100, size // 200)), ""
-    while chunk := stream.read(most):
-        *whole, rest = cut(rest + chunk, most)
-        yield from whole
-    yield rest
-
-
-def reachable(url, seconds=4):
-    """True if any server answers at url within so many seconds. In a thread of its own: a name lookup knows
-    no time limit, and the clients below would retry for half a minute or wait for ever."""
+def reachable(url):
+    """True if any server answers at url in four seconds. The clients below would wait much longer."""
     import requests
-    answered = threading.Event()
-
-    def ask():
-        with suppress(requests.RequestException):
-            requests.head(url, timeout=seconds)
-            answered.set()
-
-    threading.Thread(target=ask, daemon=True).start()
-    return answered.wait(seconds)
+    with suppress(requests.RequestException):
+        requests.head(url, timeout=4)
+        return True
+    return False
 
 
 def fetch_plwiki(folder):
@@ -309,34 +288,23 @@ def train_tokenizer(texts, vocab_size):
     from transformers import PreTrainedTokenizerFast
     first = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
 
-    def tokenizer(vocab, merges):
-        tok = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        # merges stay within a word, a run of signs (at most 50: a megabyte may have no space), or a digit
-        words = Regex(r"▁?\p{L}{1,50}|▁?[^\p{L}\p{N}\s▁]{1,50}|\p{N}|\s|▁{1,50}")
-        tok.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
-        tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
-                                         decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-        # used elsewhere it puts <s> in front, as the report's does; encode below leaves that to its caller
-        tok.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", first.index("<s>"))])
-        return tok
-
-    def sample():       # the trainer keeps every distinct word; more text would hardly change the merges
-        size = 0
-        for part in itertools.chain.from_iterable(map(cut, texts)):
-            yield part
-            size += len(part)
-            if size > 50_000_000:
-                return
-
-    draft, n_learned = tokenizer({}, []), vocab_size - len(first)
-    draft.train_from_iterator(sample(), BpeTrainer(
-        vocab_size=n_learned, min_frequency=2, limit_alphabet=min(1000, n_learned), show_progress=False))
-    learned = json.loads(draft.to_str())["model"]
-    by_id = sorted(learned["vocab"], key=learned["vocab"].get)
-    vocab = {token: i for i, token in enumerate(first + [t for t in by_id if t not in first])}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer(vocab, [tuple(m) for m in learned["merges"]]),
+    tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # merges stay within a word, a run of signs (at most 50: a megabyte may have no space), or a digit
+    words = Regex(r"▁?\p{L}{1,50}|▁?[^\p{L}\p{N}\s▁]{1,50}|\p{N}|\s|▁{1,50}")
+    tok.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
+    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                     decoders.Strip(" ", 1, 0)])
+    # used elsewhere it puts <s> in front, as the report's does; encode below leaves that to its caller
+    tok.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", first.index("<s>"))])
+    # the trainer keeps every distinct word; more text would hardly change the merges
+    excerpt = itertools.islice(itertools.chain.from_iterable(map(cut, texts)), 30_000)
+    tok.train_from_iterator(excerpt, BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, limit_alphabet=min(1000, vocab_size - len(first)),
+        special_tokens=first, show_progress=False))
+    plain = {**json.loads(tok.to_str()), "added_tokens": []}    # "<0x41>" in a text is six characters
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(plain)),
                                    unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 

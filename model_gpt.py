@@ -121,6 +121,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.window = config.block_size     # most tokens a state can hold: so many positions are learned
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -186,11 +187,6 @@ class GPT(nn.Module):
         x = self._hidden(idx, state)
         state[-1].add_(idx.size(1))
         return self.lm_head(x[:, -1]), state
-
-    @property
-    def window(self):
-        """Most tokens one state can hold: there are only block_size learned positions."""
-        return self.config.block_size
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())

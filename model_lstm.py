@@ -179,6 +179,7 @@ class LSTM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.window = math.inf              # most tokens a state can hold: no limit
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         widths = [config.n_embd] + [config.n_hidden] * (config.n_layer - 1)
         self.blocks = nn.ModuleList(Block(config, n_input) for n_input in widths)
@@ -233,11 +234,6 @@ class LSTM(nn.Module):
         for kept, layers in zip(state, new):
             torch.stack(layers, out=kept)
         return self.lm_head(x[-1]), state
-
-    @property
-    def window(self):
-        """Most tokens one state can hold: no limit."""
-        return math.inf
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())

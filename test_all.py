@@ -3,7 +3,6 @@ import copy
 import fcntl
 import functools
 import http.server
-import io
 import json
 import os
 import random
@@ -772,14 +771,6 @@ def test_a_long_document_is_cut_without_loss(text, most):
     assert parts[-1] == rest and len(rest) <= most and bool(rest) == bool(text)
 
 
-@QUICK
-@given(st.lists(st.text(alphabet="ał\n", max_size=40), max_size=90))
-def test_a_text_is_read_in_small_pieces(words):
-    text = " ".join(words)
-    pieces = list(data.text_pieces(io.StringIO(text), len(text.encode())))
-    assert " ".join(pieces) == text and max(map(len, pieces)) <= 100
-
-
 @pytest.mark.skipif(not LONG, reason="half an hour: LONG=1")
 def test_a_source_of_5_gb_is_prepared_in_less_than_1_gb(empty):
     """5 GB, spelled in 400 ciphers so that new words keep coming."""
@@ -1060,7 +1051,7 @@ def test_recipes_set_what_they_say(here):
             (["--recipe=report", "--model=lstm"], {
                 "optimizer": "adam", "beta2": 0.999, "schedule": "constant", "grad_clip": 0,
                 "dtype": "float32", "compile": "False", "residual": False}),
-            (["--grad_clip=0.5"], {"optimizer": "auto", "schedule": "cosine", "beta2": 0.95,
+            (["--grad_clip=0.5"], {"optimizer": "auto", "schedule": "cosine", "beta2": 0.99,
                                    "fused_attention": True, "grad_clip": 0.5}),
             (["--recipe=report", "--optimizer=adamw"], {"optimizer": "adamw", "fused_attention": False}))):
         name = "lstm" if "--model=lstm" in keys else "gpt"
@@ -1084,7 +1075,7 @@ def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(na
     rest = [p for n, p in theirs.named_parameters() if p.dim() == 1 or not n.startswith("blocks")]
     adamw = torch.optim.AdamW([{"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
                                {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}],
-                              5e-4, (0.9, 0.95))
+                              5e-4, (0.9, 0.99))
     muon = torch.optim.Muon(matrices, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     # PyTorch's always rounds to bfloat16
     optimizers = train.make_optimizers(ours, config, torch.bfloat16)

@@ -68,7 +68,7 @@ class TrainConfig:
     muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
     weight_decay: float = 0.1           # pull of the weights towards zero; adam: of all, else matrices only
     beta1: float = 0.9                  # memory of Adam's mean of gradients
-    beta2: float = 0.95                 # memory of Adam's mean of squares; 0.999 is PyTorch's
+    beta2: float = 0.99                 # memory of Adam's mean of squares; 0.999 is PyTorch's
     schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to the end of max_iters, else of max_minutes
     warmup_iters: int = 100             # steps from zero to learning_rate
     min_lr: float = None                # where the cosine ends; None: a tenth of learning_rate
@@ -568,15 +568,12 @@ def may_fail(what, call):
 @contextmanager
 def picture(path, n_panels, width, height, n_rows=1):
     """with picture(...) as rows of panels: draw on them. Then they are written to path, in one style."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    with plt.rc_context({"axes.grid": True, "grid.alpha": 0.3, "font.size": 13, "lines.linewidth": 2.5}):
-        figure, rows = plt.subplots(n_rows, n_panels, figsize=(width, height), layout="constrained",
-                                    squeeze=False)
-        yield rows
-        write_whole(path, lambda p: figure.savefig(p, dpi=90, format="png"))
-        plt.close(figure)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    with rc_context({"axes.grid": True, "grid.alpha": 0.3, "font.size": 13, "lines.linewidth": 2.5}):
+        page = Figure((width, height), layout="constrained")
+        yield page.subplots(n_rows, n_panels, squeeze=False)
+        write_whole(path, lambda p: page.savefig(p, dpi=90, format="png"))
 
 
 def plot_curves(trainer, best):
