@@ -50,7 +50,7 @@ class BenchConfig:
     train: bool = False             # time training steps instead of generation
     compare: bool = False           # time nothing: tables and curves of the finished runs below out_dir
     new_tokens: int = 248           # to generate after a prompt of 8; 248 fills the GPT's window of 256
-    batch_size: int = 0             # sequences at once; 0: 1, and to train the report's 32
+    batch_size: int = 0             # sequences at once; 0: 1 to generate, the report's 32 to train
     repeats: int = 3                # timed runs; the median is reported
     out_dir: str = "outputs"        # where the JSON file and the chart go
 
@@ -60,7 +60,7 @@ class BenchConfig:
 
 
 def seconds(function, device, repeats):
-    """Median time of function() over repeats. The clock means nothing before the device has come to rest."""
+    """Median time of function() over repeats. A GPU works on its own: it must be waited for."""
     times, synchronize = [], getattr(torch, device.type).synchronize
     for _ in range(repeats):
         synchronize()

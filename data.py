@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 # A closed stream (`2>&-`) is None; whoever writes to it would fail.
 sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)   # seldom in a log
+# a log file gets a line every 20 seconds
+progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)
 FORMAT_VERSION = 2      # of data/NAME/; raised when an older folder can no longer be read
 SPLITS = ("train", "val", "test")
 BY_TENTHS = ("train",) * 8 + ("val", "test")            # of a document's hash, or of a text's length
@@ -52,7 +53,7 @@ class DataConfig:
     source: str = ""                # a local .jsonl, .jsonl.zst (SpeakLeash layout) or .txt file
     tokenizer: str = "speakleash/Bielik-4.5B-v3"    # a hub name, a folder, or train: learn one from the text
     vocab_size: int = 32000         # entries of a trained tokenizer (--tokenizer=train); at most 65536
-    n_docs: int = 0                 # documents to take, from the front; 0: all (plwiki: 100000)
+    n_docs: int = 0                 # documents to take, from the front; 0: all; unless given, plwiki's 100000
     quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # documents without a label are kept
     seed: int = 1337                # decides which documents go to train, val and test; and mini's text
 
@@ -154,7 +155,7 @@ def parts_of_documents(texts, seed):
 
 def parts_of_text(texts, seed):
     """One text -> (split, part, opens, closes): the first 80 % are train, then 10 % val and 10 % test, as
-    nanoGPT cuts its texts. In two hundred parts at least, that end at a space."""
+    nanoGPT cuts its texts. A part is at most a 200th of it, but may have 100 characters."""
     for text in texts:
         parts = list(cut(text, min(LONGEST_PART, max(100, len(text) // 200))))
         for i, part in enumerate(parts):
@@ -206,7 +207,7 @@ def replace_folder(target, new, old):
 # Documents: a local file, or SpeakLeash's plwiki
 
 def read_documents(path, quality, left_out):
-    """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt in pieces, with a progress bar. Counts in
+    """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt as one, with a progress bar. Counts in
     left_out what it leaves out.
 
     JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be missing.
@@ -287,7 +288,6 @@ def train_tokenizer(texts, vocab_size):
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
     first = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
-
     tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     # merges stay within a word, a run of signs (at most 50: a megabyte may have no space), or a digit

@@ -7,7 +7,8 @@ Block (attention here, recurrence there) and so in the state that generation car
     logits, loss = model(idx, targets)           # training
     logits, state = model.step(idx, state)       # generation, a few tokens at a time
 
-Dimensions: B sequences, T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V vocabulary.
+Dimensions: B sequences, T tokens, S keys (the T and those before), C = n_embd channels, nh heads of
+hs = C / nh channels, V vocabulary.
 """
 import math
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Each token on its own: widen four times, bend, narrow."""
+    """Each token on its own: widen fourfold, a nonlinearity, narrow."""
 
     def __init__(self, config):
         super().__init__()
@@ -173,7 +174,7 @@ class GPT(nn.Module):
 
     def init_state(self, batch_size):
         """An empty KV cache, allocated once: for each layer keys and values (2, B, nh, block_size, hs), and
-        how many tokens they hold, a number on the device. Zeroing all of it empties it."""
+        how many tokens they hold, a 0-dim tensor on the device. Zeroing all of it empties it."""
         c, w = self.config, self.wte.weight
         shape = (2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
         dtype = torch.promote_types(w.dtype, torch.float32) if w.is_cpu else w.dtype    # faster on a CPU
@@ -211,5 +212,5 @@ class GPT(nn.Module):
 
 def keys_in_use(pos, T, block_size):
     """How many keys of the cache a step of T tokens reads. On a CPU those in use; on a GPU all, the empty
-    ones masked: a look at pos would force a host sync there, and a captured graph needs shapes that stay."""
+    ones masked: reading pos would force a host sync there, and a captured graph needs shapes that stay."""
     return int(pos) + T if pos.is_cpu else block_size

@@ -26,7 +26,7 @@ class LSTMConfig:
     n_layer: int = 10               # stacked LSTM layers
     n_embd: int = 512               # channels of the token embedding
     n_hidden: int = 1024            # units per layer
-    dropout: float = 0.0            # share of each layer's output dropped in training
+    dropout: float = 0.0            # share of the embedding and of each layer's output dropped in training
     residual: bool = True           # add the identity between equal-width layers; False: the report's stack
     cudnn: bool = True              # on CUDA, cuDNN's kernel for the recurrence; False: ours there too
 
@@ -69,7 +69,7 @@ class Scan(torch.autograd.Function):
         c = c0.new_empty(T + 1, B, H, dtype=torch.promote_types(xg.dtype, torch.float32))
         h[0], c[0] = h0, c0
         times_w_hh = multiplier(w_hh, B)
-        for t in range(T):                                              # only what depends on h[t] is in it
+        for t in range(T):                                              # only what depends on h[t] is here
             torch.add(xg[t], times_w_hh(h[t]), out=gates[t])
             i, f, g, o = gates[t].chunk(4, dim=1)                       # views: written in place
             gates[t, :, :2 * H].sigmoid_()                              # i and f, which lie side by side

@@ -43,7 +43,7 @@ class SampleConfig:
     top_p: float = 1.0              # draw among the likeliest that together have this probability; 1: all
     max_new_tokens: int = 200       # tokens to generate, fewer where the text ends with </s>
     num_samples: int = 1            # continuations, generated as one batch
-    seed: int = 1337                # the same seed gives the same text; an empty one is drawn anew, once
+    seed: int = 1337                # the same seed gives the same text; a single empty one is drawn once more
     grid: bool = False              # all prompts at all temperatures, written to a JSON file
     export: str = ""                # write the model to this folder, for use elsewhere, and end
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
@@ -114,7 +114,7 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
     if temperature < 1e-4:      # 0, and what would overflow the division: greedy
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
-    # CUDA sums a long row in no fixed order: in float64 what differs decides no draw (MPS has no float64)
+    # CUDA sums a long row in no fixed order: in float64 this is too small to change a draw (MPS has none)
     exact = torch.float64 if logits.is_cuda else torch.float32
     if top_k:
         weakest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]

@@ -44,7 +44,8 @@ FORMAT_VERSION = 6      # of the checkpoints; raised when an older one can no lo
 # key: (class, config, default folder, named as the report names it)
 MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
 # Which of how many processes this is, as torchrun says. The first one writes and prints.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 IS_MAIN = RANK == 0
 
 
@@ -76,7 +77,7 @@ class TrainConfig:
     # evaluation, logging and saving
     eval_interval: int = 100            # steps between evaluations on train and val
     eval_iters: int = 10                # batches of each in an evaluation, always the same ones
-    log_interval: int = 10              # steps between updates of the loss that is shown, the last step's
+    log_interval: int = 10              # steps between updates of the progress bar, with the last step's loss
     save_minutes: float = 1.0           # minutes between saves, which a kill can lose; 0: at every step
     wandb_log: bool = False             # log to Weights & Biases; WANDB_MODE=offline needs no account
     wandb_project: str = "polish-lm"    # project name there
@@ -102,7 +103,7 @@ class TrainConfig:
 
 
 # The two recipes. The dataclass defaults are the tuned one; here is all in which the report's differs. Each
-# line is a key of its own, so `--recipe=report --optimizer=adamw` measures one change.
+# is a key, so `--recipe=report --optimizer=adamw` measures one change.
 RECIPES = {"tuned": {}, "report": {
     "optimizer": "adam",            # decay 0.1 inside the gradient, which Adam then divides by its size
     "beta2": 0.999,
@@ -123,10 +124,6 @@ MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_minutes", "learning_rate
               "min_lr", "warmup_iters", "eval_interval", "log_interval", "save_minutes", "wandb_log",
               "wandb_project", "wandb_run_name", "device", "compile"}
 
-# A line of metrics.jsonl
-METRICS = ("step", "tokens_seen", "minutes", "train_loss", "train_perplexity", "val_loss", "val_perplexity",
-           "learning_rate", "tokens_per_second")
-
 
 @dataclass
 class State:
@@ -139,8 +136,8 @@ class State:
 
 
 class Trainer:
-    """One run, its methods in the order of its life: restore where it is resumed, then run, which is train
-    (with train_step, evaluate, save) and finish. bench.py uses train_step alone."""
+    """One run, its methods in the order of its life: restore where it is resumed, then run, which calls train
+    (with train_step, evaluate, save), then finish. bench.py uses train_step alone."""
 
     def __init__(self, config, model, splits, facts=None):
         """model: on its device. splits: {"train" | "val" | "test": tokens}. facts: of each split, as in
@@ -209,7 +206,7 @@ class Trainer:
             self.bar.update(max(0.0, round(done, 3) - self.bar.n))      # no ETA from less than a thousandth
             evaluated = state.metrics[-1]["step"] if state.metrics else -1
             due = evaluated < state.step and (done >= 1 or state.step % config.eval_interval == 0)
-            # a stopped run leaves it to the resumed one, unless there is none yet: finish needs a checkpoint
+            # a stopped run leaves it to the resumed one; but finish needs a checkpoint, so the first is made
             if evaluated < 0 or due and not stopping:
                 self.evaluate_and_log()
             if stopping or done >= 1:
@@ -242,6 +239,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * schedule_at(config, state)
         torch.manual_seed(config.seed + state.step * WORLD_SIZE + RANK)
+        self.loss = 0.0                                 # of this process's share of the step
         for i in range(n):
             windows = data.train_windows(self.n_windows["train"], state.step * n + i, config.batch_size,
                                          config.seed, RANK, WORLD_SIZE)
@@ -251,6 +249,7 @@ class Trainer:
                 with self.autocast:
                     loss = self.forward(idx, targets)[1]
                 self.scaler.scale(loss / n).backward()
+            self.loss += loss.detach() / n
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
@@ -264,7 +263,6 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         state.step += 1
-        self.loss = loss.detach()
         # in float16 the scaler sees to a norm that is not finite
         self.health = self.loss if self.scaler.is_enabled() else self.loss + norm
 
@@ -273,7 +271,7 @@ class Trainer:
         saved. Steps before need no look: once weights are not finite, no loss is. Forces a host sync."""
         if all(map(math.isfinite, (self.health.item(), *losses))):
             return
-        if self.best:
+        if self.best:                   # from before, not yet on disk
             write_whole(self.out_dir / "ckpt.pt", lambda p: torch.save(self.best, p))
         raise UserError(f"step {self.state.step}: the loss or its gradient is no longer finite. The learning "
                         f"rate is too high: try --learning_rate={self.config.learning_rate / 3:.1g} "
@@ -424,14 +422,14 @@ class Trainer:
             may_fail("wandb", lambda: self.wandb_run.log(values, step=self.state.step))
 
     def request_stop(self, signum, frame):
-        """The first Ctrl-C or SIGTERM finishes the step, saves and scores; a second Ctrl-C ends at once."""
+        """The first Ctrl-C or SIGTERM finishes the step, saves and scores; Ctrl-C then ends at once."""
         self.signals.append(signum)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if IS_MAIN:
             with suppress(OSError):     # not print: a signal can come in the midst of one
                 doing = b"the run is saved, the final test goes on" if self.trained else \
                         b"stopping: this step, then a save and the final test"
-                os.write(2, b"\n" + doing + b"; a second Ctrl-C ends at once and loses nothing saved\n")
+                os.write(2, b"\n" + doing + b"; now Ctrl-C ends at once and loses nothing saved\n")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -543,7 +541,8 @@ def compiled(model, config, device):
     except UserError as error:
         if config.compile == "True":
             raise
-        print(f"{error}. This run goes on without it, somewhat slower")
+        if IS_MAIN:
+            print(f"{error}. This run goes on without it, somewhat slower")
         return model
     return torch.compile(model)
 
@@ -682,7 +681,7 @@ def write_whole(path, write):
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:    # torch.save on a full disk: RuntimeError
+    except Exception as error:                  # on a full disk each library has its own
         temporary.unlink(missing_ok=True)
         why = isinstance(error, OSError) and error.strerror or "is the disk full?"
         raise UserError(f"cannot write {path} ({why}); what was there is whole") from None
@@ -722,11 +721,7 @@ def load_checkpoint(path):
         model_config = data.configure(config_class, saved["model_config"])
         saved["config"] = asdict(data.configure(TrainConfig, saved["config"]))
         saved["model_config"] = asdict(model_config)
-        state = saved["state"] = data.configure(State, saved["state"])
-        state.metrics = [{k: row[k] for k in METRICS} for row in state.metrics]
-        numbers = [v for row in state.metrics for v in row.values()]
-        if not state.metrics or state.step > 2 ** 48 or not all(map(math.isfinite, numbers)):
-            raise ValueError("its metrics are not numbers")
+        saved["state"] = data.configure(State, saved["state"])
         with torch.device("meta"):      # shapes only
             expected = model_class(model_config).state_dict()
         if shapes(saved["model"]) != shapes(expected) or not all(v.is_cpu for v in saved["model"].values()):
