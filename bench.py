@@ -31,8 +31,8 @@ from data import UserError
 from model_gpt import GPT
 from model_lstm import LSTM
 from sample import generate, to_dtype
-from train import MODELS, RECIPES, TrainConfig, Trainer, choose_device, choose_dtype, device_name, \
-    devices_present, peak_memory_gb, picture, try_compile, write_json
+from train import MODELS, RECIPES, TrainConfig, Trainer, choose_device, choose_dtype, compile_fault, \
+    device_name, devices_present, peak_memory_gb, picture, write_json
 
 PROMPT_TOKENS = 8
 # Dense bfloat16 rates in TFLOP/s, of NVIDIA's data sheets (SXM, where there is one). Training rows name the
@@ -80,8 +80,11 @@ def bench_generation(name, device, config):
     prompt = torch.randint(config_class().vocab_size, (config.batch_size, PROMPT_TOKENS), device=device)
     exact, bandwidth, naive = torch.float32, read_bandwidth(device), None
     fast = choose_dtype("auto", device)[0]
-    best = {"cuda": [("graph", fast), ("compiled", fast)], "mps": [], "cpu": [("cached", torch.int8)]}
-    ways = [("naive", exact), ("cached", exact), ("cached", fast), *best[device.type]]
+    ways = [("naive", exact), ("cached", exact), ("cached", fast)]
+    if device.type == "cpu":
+        ways.append(("cached", torch.int8))
+    if device.type == "cuda":
+        ways += [("graph", fast), *[("compiled", fast)] * (not compile_fault(device))]
     for mode, dtype in dict.fromkeys(ways):
         model = model_class(config_class()).to(device).eval()
         # what one token must read: all weights but the embedding tables, of which it reads a row
@@ -161,12 +164,12 @@ def training_changes(name, device):
     """-> [(label, model class, changes to its config, dtype, recipe, compile)]"""
     exact, fast, cuda = torch.float32, choose_dtype("auto", device, name)[0], device.type == "cuda"
     if name == "gpt":
-        manual = {"fused_attention": False}
+        manual, compiles = {"fused_attention": False}, cuda and not compile_fault(device)
         return [("report: float32, attention by hand", GPT, manual, exact, "report", False),
                 ("mixed precision", GPT, manual, fast, "report", False),
                 ("fused attention", GPT, {}, fast, "report", False),
-                *[("torch.compile", GPT, {}, fast, "report", True)] * cuda,
-                ("tuned recipe, with Muon", GPT, {}, fast, "tuned", cuda)]
+                *[("torch.compile", GPT, {}, fast, "report", True)] * compiles,
+                ("tuned recipe, with Muon", GPT, {}, fast, "tuned", compiles)]
     plain = {"residual": False, "cudnn": False}
     return [("report: nn.LSTM, float32", TorchLSTM, {}, exact, "report", False),
             ("nn.LSTM, mixed precision", TorchLSTM, {}, fast, "report", False),
@@ -272,9 +275,6 @@ def main(argv):
         return compare(out_dir)
     config.batch_size = config.batch_size or (32 if config.train else 1)
     devices = [choose_device(d) for d in (devices_present() if config.device == "all" else [config.device])]
-    for device in devices:
-        if device.type == "cuda":
-            try_compile(device)         # now, and not after minutes
     out_dir.mkdir(parents=True, exist_ok=True)
     machine = "; ".join(device_name(d) for d in devices) + f"; torch {torch.__version__}"
     kind, bench, path = ("training", bench_training, out_dir / "bench_training.json") if config.train else \

@@ -53,7 +53,7 @@ class DataConfig:
     source: str = ""                # a local .jsonl, .jsonl.zst (SpeakLeash layout) or .txt file
     tokenizer: str = "speakleash/Bielik-4.5B-v3"    # a hub name, a folder, or train: learn one from the text
     vocab_size: int = 32000         # entries of a trained tokenizer (--tokenizer=train); at most 65536
-    n_docs: int = 0                 # documents to take, from the front; 0: all; unless given, plwiki's 100000
+    n_docs: int = 0                 # documents to take, from the front; 0: all. For plwiki 100000
     quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # documents without a label are kept
     seed: int = 1337                # decides which documents go to train, val and test; and mini's text
 
@@ -106,8 +106,11 @@ def prepare(config):
             tok.save_pretrained(new / "tokenizer")
         except Exception as error:      # its own kind of exception, where the disk is full
             raise UserError(f"cannot write the tokenizer ({first_line(error)})") from None
-        parts = parts_of_text if source.endswith(".txt") else parts_of_documents
-        splits = write_splits(parts(documents(), config.seed), tok, new)
+        if source.endswith(".txt"):
+            parts = parts_of_text(next(documents()))
+        else:
+            parts = parts_of_documents(documents(), config.seed)
+        splits = write_splits(parts, tok, new)
         meta = {"format_version": FORMAT_VERSION, "dataset": config.dataset, "quality": config.quality,
                 "source": source or config.dataset, "seed": config.seed, "tokenizer": config.tokenizer,
                 "vocab_size": tokenizer_size(tok), "splits": splits}
@@ -153,13 +156,12 @@ def parts_of_documents(texts, seed):
             yield split, part, i == 0, i == len(parts) - 1
 
 
-def parts_of_text(texts, seed):
-    """One text -> (split, part, opens, closes): the first 80 % are train, then 10 % val and 10 % test, as
-    nanoGPT cuts its texts. A part is at most a 200th of it, but may have 100 characters."""
-    for text in texts:
-        parts = list(cut(text, min(LONGEST_PART, max(100, len(text) // 200))))
-        for i, part in enumerate(parts):
-            yield BY_TENTHS[10 * i // len(parts)], part, i == 0, i == len(parts) - 1
+def parts_of_text(text):
+    """One text -> (split, part, opens, closes), with a progress bar: the first 80 % are train, then 10 % val
+    and 10 % test, as nanoGPT cuts its texts. A part is at most a 200th of it, but may have 100 characters."""
+    parts = list(cut(text, min(LONGEST_PART, max(100, len(text) // 200))))
+    for i, part in enumerate(progress_bar(parts, desc="encoding")):
+        yield BY_TENTHS[10 * i // len(parts)], part, i == 0, i == len(parts) - 1
 
 
 def cut(text, most=LONGEST_PART):

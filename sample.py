@@ -24,8 +24,8 @@ import torch.nn.functional as F
 import data
 from data import UserError
 from model_gpt import GPT
-from train import MODELS, build_model, choose_device, choose_dtype, device_name, load_checkpoint, \
-    set_matmul_precision, try_compile, write_json, write_whole
+from train import MODELS, build_model, choose_device, choose_dtype, compile_fault, device_name, \
+    load_checkpoint, set_matmul_precision, write_json, write_whole
 
 GRID_TEMPERATURES = (0.5, 1.0, 1.5)
 GRID_PROMPTS = ("Polska to piękny kraj.", "Dawno temu", "Miasto leży nad rzeką", "W 1920 roku",
@@ -321,10 +321,10 @@ def main(argv):
     tok, device = data.load_tokenizer(str(out_dir / "tokenizer")), choose_device(config.device)
     if config.export:
         return export(build_model(checkpoint), tok, Path(config.export))
-    if config.compile and device.type != "cuda":
-        raise UserError("--compile=True needs --device=cuda: leave it out")
     if config.compile:
-        try_compile(device)
+        fault = compile_fault(device) if device.type == "cuda" else "--compile=True needs --device=cuda"
+        if fault:
+            raise UserError(f"{fault}: leave --compile out")
     dtype, _ = choose_dtype(config.dtype, device)
     model = to_dtype(build_model(checkpoint).to(device), dtype)
     facts = {"model": checkpoint["config"]["model"], "dataset": checkpoint["config"]["dataset"],

@@ -709,7 +709,7 @@ BAD_SOURCES = {
     "broken.jsonl": (GOOD * 4999 + b"{oops\n", "line 5000: not JSON"),
     "deep.jsonl": (b"[" * 100_000 + b"\n", "line 1: not JSON"),
     "notext.jsonl": (GOOD + b'{"content": "kot"}\n', '"meta": {...}} but {"content": "kot"}'),
-    "cut.jsonl.zst": (zstandard.compress(GOOD * 200_000)[:-99], "not JSON"),
+    "cut.jsonl.zst": (zstandard.compress(GOOD * 50_000)[:-99], "not JSON"),
     "long.jsonl": (GOOD + b" " * 10_000, "line 2: longer than 10,000 characters"),
     "number.jsonl": (b'{"text": 5}\n', "line 1: not {"),
     "latin2.txt": ("zażółć".encode("iso-8859-2"), "convert it by `iconv"),
@@ -1072,12 +1072,13 @@ def test_recipes_set_what_they_say(here):
 def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(name):
     ours, theirs = make(name), make(name)
     start = [p.detach().clone() for p in ours.parameters()]
-    config = TrainConfig(model=name, optimizer="muon", learning_rate=5e-4, muon_learning_rate=0.02)
+    config = TrainConfig(model=name, optimizer="muon", learning_rate=5e-4, muon_learning_rate=0.02,
+                         beta2=0.95)
     matrices = [p for p in theirs.blocks.parameters() if p.dim() == 2]
     rest = [p for n, p in theirs.named_parameters() if p.dim() == 1 or not n.startswith("blocks")]
     adamw = torch.optim.AdamW([{"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
                                {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}],
-                              5e-4, (0.9, 0.99))
+                              5e-4, (0.9, 0.95))
     muon = torch.optim.Muon(matrices, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     # PyTorch's always rounds to bfloat16
     optimizers = train.make_optimizers(ours, config, torch.bfloat16)
@@ -1088,7 +1089,7 @@ def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(na
                 optimizer.step()
                 optimizer.zero_grad()
     for p, q, before in zip(ours.parameters(), theirs.parameters(), start):
-        assert (p - q).norm() <= 1e-2 * (q - before).norm() > 0     # bfloat16 has 8 bits
+        assert (p - q).norm() <= 1e-3 * (q - before).norm() > 0
     values = torch.linalg.svdvals(train.orthogonal(torch.randn(2, 30, 12)))
     assert 0.6 < values.min() and values.max() < 1.3
 

@@ -536,24 +536,21 @@ def compiled(model, config, device):
     wanted = config.compile == "True" or config.compile == "auto" and device.type == "cuda"
     if config.model == "lstm" or not wanted:
         return model
-    try:
-        try_compile(device)
-    except UserError as error:
-        if config.compile == "True":
-            raise
-        if IS_MAIN:
-            print(f"{error}. This run goes on without it, somewhat slower")
-        return model
-    return torch.compile(model)
+    fault = compile_fault(device)
+    if fault and config.compile == "True":
+        raise UserError(f"{fault}: leave --compile out")
+    if fault and IS_MAIN:
+        print(f"{fault}: the run goes on without it, somewhat slower")
+    return model if fault else torch.compile(model)
 
 
-def try_compile(device):
-    """Raises UserError where torch.compile does not work."""
+def compile_fault(device):
+    """Why torch.compile, which needs a C compiler and Python's headers, does not work here; "": it does."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(16, device=device))
     except Exception as error:
-        raise UserError(f"torch.compile does not work here ({first_line(error)}): leave --compile out, or "
-                        "install a C compiler and Python's headers") from None
+        return f"torch.compile does not work here ({first_line(error)})"
+    return ""
 
 
 def may_fail(what, call):
