@@ -24,6 +24,7 @@ import signal
 import sys
 import tempfile
 import textwrap
+import time
 import typing
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -70,13 +71,12 @@ PRESETS = {"plwiki": {"n_docs": 100_000}, "mini": {"tokenizer": "train", "vocab_
 # The story: documents -> data/NAME/{train,val,test}.bin, meta.json, tokenizer/
 
 def prepare(config):
-    """Write data/NAME/ as the DataConfig says. It appears whole or not at all; an older one is replaced.
+    """Write data/NAME/ as the DataConfig says. It appears whole or not at all; an older one is set aside.
 
     Memory is that of one batch of text, whatever the size of a .jsonl; a .txt is read whole. Raises
     UserError.
     """
     target, source = dataset_folder(config.dataset), config.source
-    refuse_foreign_files(target)
     if not source and config.dataset not in PRESETS:
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
     if source and not (Path(source).is_file() and source.endswith((".jsonl", ".jsonl.zst", ".txt"))):
@@ -115,7 +115,8 @@ def prepare(config):
                 "source": source or config.dataset, "seed": config.seed, "tokenizer": config.tokenizer,
                 "vocab_size": tokenizer_size(tok), "splits": splits}
         (new / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
-        replace_folder(target, new, old=Path(staging) / "old")
+        set_aside(target)
+        new.rename(target)
     for why, n in left_out.items():
         print(f"left out: {n:,} {why}")
     for name, s in splits.items():
@@ -183,26 +184,15 @@ def dataset_folder(name):
     return Path("data") / name
 
 
-def refuse_foreign_files(target):
-    """Raises UserError where preparing target would replace a file that was not written by preparing it."""
-    names = {p.name for p in target.iterdir()} if target.exists() else set()
-    ours = {"meta.json", "tokenizer", ".DS_Store", *(f"{s}.bin" for s in SPLITS)}
-    foreign = names - ours if "meta.json" in names else names
-    if foreign:
-        raise UserError(f"{target} holds {min(foreign)}, and would be replaced: move it away, or choose "
-                        "another --dataset name")
-
-
-def replace_folder(target, new, old):
-    """Rename new to target, by way of old where a target exists: a Ctrl-C in between brings it back."""
-    try:
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
+def set_aside(folder):
+    """Rename folder, where there is one, to previous/NAME-DATE-TIME beside it: nothing is ever deleted."""
+    if folder.exists():
+        name = folder.parent / "previous" / folder.name
+        name.parent.mkdir(exist_ok=True)
+        while (aside := Path(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")).exists():
+            time.sleep(0.1)
+        folder.rename(aside)
+        print(f"what was in {folder} is now in {aside}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -343,7 +333,7 @@ def load_tokenizer(name):
 
 def tokenizer_size(tok):
     """Its highest id + 1: more than len(tok) where ids are skipped."""
-    return 1 + max(tok.get_vocab().values())
+    return 1 + max(tok.backend_tokenizer.get_vocab().values())
 
 
 def encode(tok, texts):

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tokenizers.decoders import DecodeStream
 
 import data
 from data import UserError
@@ -237,33 +238,6 @@ def to_dtype(model, dtype):
 # ----------------------------------------------------------------------------------------------------
 # Text
 
-class TextStream:
-    """Token ids, one at a time -> the pieces of text they add. A character may span several tokens (byte
-    fallback): it is held back until it is whole."""
-
-    def __init__(self, tok, ids):
-        self.tok, self.ids = tok, list(ids)
-        self.shown = self._decode()
-
-    def _decode(self):
-        return self.tok.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def push(self, token):
-        """The text that token adds, or "" while a character is incomplete."""
-        self.ids.append(token)
-        return "" if self._decode().endswith("\ufffd") else self.flush()
-
-    def flush(self):
-        """The text not shown so far, whole characters or not."""
-        text = self._decode()
-        piece, self.shown = text[len(self.shown):], text
-        if len(self.ids) > 64:      # a few tokens of context are enough, and keep this cheap in a long text
-            tail = TextStream(self.tok, self.ids[-8:])
-            if not tail.shown.startswith("\ufffd"):        # not cut within a character
-                self.ids, self.shown = tail.ids, tail.shown
-        return piece
-
-
 def continue_prompt(model, tok, ids, config, temperature, on_token=None):
     """Generate config.num_samples continuations of the prompt ids as one batch -> a list of token id lists,
     each the prompt and its continuation up to </s>, and tokens/s over all of them, from the first token on.
@@ -333,17 +307,17 @@ def main(argv):
         return grid(model, tok, config, facts, out_dir)
     ids = encode_prompt(tok, config.prompt, model.config)
     if config.num_samples == 1:
-        stream = TextStream(tok, ids)
+        stream = DecodeStream(ids, skip_special_tokens=True)     # holds a character back until it is whole
 
         def show(token):
-            print(stream.push(token), end="", flush=True)
+            print(stream.step(tok.backend_tokenizer, token) or "", end="", flush=True)
 
         print(config.prompt, end="", flush=True)
         rows, speed = continue_prompt(model, tok, ids, config, config.temperature, show)
         if rows[0] == ids:              # the end of the text was drawn first: once more
             config.seed += 1
             rows, speed = continue_prompt(model, tok, ids, config, config.temperature, show)
-        print(stream.flush())
+        print()
     else:
         rows, speed = continue_prompt(model, tok, ids, config, config.temperature)
         for i, row in enumerate(rows, 1):

@@ -167,9 +167,9 @@ class Trainer:
         """The whole run, with Ctrl-C and the like answered by request_stop."""
         if IS_MAIN:
             self.announce()
-        signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-        signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]     # nohup ignores SIGHUP
-        before = [signal.signal(s, self.request_stop) for s in signals]
+        for signum in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+            if signal.getsignal(signum) != signal.SIG_IGN:      # as nohup has it for SIGHUP
+                signal.signal(signum, self.request_stop)
         try:
             self.train()
             self.finish()
@@ -177,9 +177,6 @@ class Trainer:
             if not self.trained:
                 self.save()
             raise
-        finally:
-            for s, handler in zip(signals, before):
-                signal.signal(s, handler)
 
     def announce(self):
         config, state = self.config, self.state
@@ -689,6 +686,14 @@ def write_json(path, value):
     write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+class NoStartWeights(torch.overrides.TorchFunctionMode):
+    """Within it a model is built without drawing its weights; on the meta device, which has shapes only, the
+    drawing alone would import torch.compile's machinery: two seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
 def shapes(tensors):
     """{name: tensor} -> {name: all that must be the same for one tensor to be copied to the other}"""
     return {k: (v.shape, v.dtype, v.layout) for k, v in tensors.items()}
@@ -719,7 +724,7 @@ def load_checkpoint(path):
         saved["config"] = asdict(data.configure(TrainConfig, saved["config"]))
         saved["model_config"] = asdict(model_config)
         saved["state"] = data.configure(State, saved["state"])
-        with torch.device("meta"):      # shapes only
+        with torch.device("meta"), NoStartWeights():
             expected = model_class(model_config).state_dict()
         if shapes(saved["model"]) != shapes(expected) or not all(v.is_cpu for v in saved["model"].values()):
             raise ValueError("its weights are not those of its configuration")
@@ -763,12 +768,7 @@ def new_folder(out_dir, summary, tokenizer):
     if out_dir.exists() and any(not p.name.startswith(".") for p in out_dir.iterdir()):
         if not (out_dir / "model_summary.txt").exists():
             raise UserError(f"{out_dir} holds files, and not of a run: choose another --out_dir")
-        name = out_dir.parent / "previous" / out_dir.name
-        name.parent.mkdir(exist_ok=True)
-        while (aside := Path(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")).exists():
-            time.sleep(0.1)
-        out_dir.rename(aside)
-        print(f"the last run in {out_dir} is now {aside}")
+        data.set_aside(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_whole(out_dir / "model_summary.txt", lambda p: p.write_text(summary + "\n", encoding="utf-8"))
     shutil.copytree(tokenizer, out_dir / "tokenizer", dirs_exist_ok=True)
@@ -810,8 +810,6 @@ def main(argv):
     keys = data.parse_args(argv, __doc__, TrainConfig, GPTConfig, LSTMConfig,
                            elsewhere={k: f"mini: {v}" for k, v in MINI.items()})
     out_dir = Path(keys.get("out_dir") or MODELS[keys.get("model", "gpt")][2])
-    if keys.get("init_from") == "resume" and not out_dir.exists():
-        load_checkpoint(out_dir / "last.pt")        # says that there is none, before a lock is left there
     with lock_folder(out_dir) if IS_MAIN else nullcontext():
         start(keys, out_dir)
 
