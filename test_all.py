@@ -1028,7 +1028,7 @@ def test_a_run_leaves_what_it_promises(name, here):
     assert abs(loss - results["test_loss"]) < 0.02      # the run may have used bfloat16
     assert close([each.mean(dim=0)], [torch.tensor(by_position)], 0.05)
     assert np.mean(by_position) == pytest.approx(results["test_loss"], abs=1e-4) and saved_in(folder)
-    assert results["optimizers"] == (["AdamW", "Muon"] if name == "gpt" else ["AdamW"])
+    assert results["optimizers"] == ["AdamW", "AdamW"] + ["Muon"] * (name == "gpt")
     characters = sum(map(len, texts_of("tiny")["test"]))
     assert results["test_bits_per_character"] == \
         pytest.approx(results["test_loss"] / np.log(2) * len(ids) / characters)
@@ -1049,11 +1049,11 @@ def test_recipes_set_what_they_say(here):
         assert expected.items() <= run_tiny(name, f"out/recipe{i}", "--max_iters=1", *keys)["config"].items()
 
     model = make("gpt")
-    (adam,), (adamw,) = (train.make_optimizers(model, TrainConfig(optimizer=o)) for o in ("adam", "adamw"))
-    assert (type(adam), type(adamw)) == (torch.optim.Adam, torch.optim.AdamW)
+    (adam,), adamws = (train.make_optimizers(model, TrainConfig(optimizer=o)) for o in ("adam", "adamw"))
+    assert type(adam) is torch.optim.Adam and all(type(adamw) is torch.optim.AdamW for adamw in adamws)
     group, = adam.param_groups
     assert group["weight_decay"] == 0.1 and sum(p.numel() for p in group["params"]) == model.num_params()
-    assert {(p.dim() >= 2, g["weight_decay"]) for g in adamw.param_groups for p in g["params"]} == \
+    assert {(p.dim() >= 2, g["weight_decay"]) for o in adamws for g in o.param_groups for p in g["params"]} == \
         {(True, 0.1), (False, 0.0)}
 
 
@@ -1062,23 +1062,24 @@ def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(na
     ours, theirs = make(name), make(name)
     start = [p.detach().clone() for p in ours.parameters()]
     config = TrainConfig(model=name, optimizer="muon", learning_rate=5e-4, muon_learning_rate=0.02,
-                         beta2=0.95)
+                         embedding_lr_scale=3.0)
     matrices = [p for p in theirs.blocks.parameters() if p.dim() == 2]
-    rest = [p for n, p in theirs.named_parameters() if p.dim() == 1 or not n.startswith("blocks")]
-    adamw = torch.optim.AdamW([{"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
-                               {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}],
-                              5e-4, (0.9, 0.95))
+    vectors = [p for p in theirs.parameters() if p.dim() == 1]
+    embeddings = [p for n, p in theirs.named_parameters() if n.startswith(("wte", "wpe"))]
+    adamw = torch.optim.AdamW([{"params": theirs.lm_head.weight, "weight_decay": 0.1},
+                               {"params": vectors, "weight_decay": 0.0},
+                               {"params": embeddings, "weight_decay": 0.1, "lr": 15e-4}], 5e-4, (0.9, 0.99))
     muon = torch.optim.Muon(matrices, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     # PyTorch's always rounds to bfloat16
     optimizers = train.make_optimizers(ours, config, torch.bfloat16)
     for model, optimizers in (ours, optimizers), (theirs, [adamw, muon]):
-        for _ in range(4):
+        for _ in range(2):      # later, one bit of a gradient can turn a rounding to bfloat16
             model(*inputs_and_targets())[1].backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
     for p, q, before in zip(ours.parameters(), theirs.parameters(), start):
-        assert (p - q).norm() <= 1e-3 * (q - before).norm() > 0
+        assert (p - q).norm() <= 1e-4 * (q - before).norm() > 0
     values = torch.linalg.svdvals(train.orthogonal(torch.randn(2, 30, 12)))
     assert 0.6 < values.min() and values.max() < 1.3
 
@@ -1188,7 +1189,7 @@ def children(launcher):
 @pytest.mark.parametrize("processes", [1, 2] if LONG else [1])
 def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes, here):
     """SIGKILL, at a random moment after the run has begun to work, often in a save; then resumed, and
-    killed again. Once it is SIGTERM. Two optimizers: muon, and adamw for the rest."""
+    killed again. Once it is SIGTERM. With muon, and so three optimizers."""
     kills, rng = 30 if LONG else 2, random.Random(f"{name}{processes}")
     whole, cut = f"out/never-{name}{processes}", f"out/often-{name}{processes}"
     keys = tiny_keys(name, "", "--eval_interval=7", "--dropout=0.1", "--learning_rate=3e-3",

@@ -40,7 +40,7 @@ from data import UserError, first_line, progress_bar
 from model_gpt import GPT, GPTConfig
 from model_lstm import LSTM, LSTMConfig
 
-FORMAT_VERSION = 6      # of the checkpoints; raised when an older one can no longer be read
+FORMAT_VERSION = 7      # of the checkpoints; raised when an older one can no longer be read
 # key: (class, config, default folder, named as the report names it)
 MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
 # Which of how many processes this is, as torchrun says. The first one writes and prints.
@@ -67,6 +67,7 @@ class TrainConfig:
     optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # auto: muon for the GPT, else adamw
     learning_rate: float = 4e-3         # the highest of the schedule
     muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
+    embedding_lr_scale: float = 4.0     # the embeddings' learning rate is so many times learning_rate; adam: 1
     weight_decay: float = 0.1           # pull of the weights towards zero; adam: of all, else matrices only
     beta1: float = 0.9                  # memory of Adam's mean of gradients
     beta2: float = 0.99                 # memory of Adam's mean of squares; 0.999 is PyTorch's
@@ -108,6 +109,7 @@ RECIPES = {"tuned": {}, "report": {
     "optimizer": "adam",            # decay 0.1 inside the gradient, which Adam then divides by its size
     "beta2": 0.999,
     "learning_rate": 5e-4,
+    "embedding_lr_scale": 1.0,
     "schedule": "constant", "warmup_iters": 0,
     "grad_clip": 0.0,
     "dtype": "float32", "compile": "False",
@@ -455,7 +457,7 @@ def share_done(config, state):
 
 
 def make_optimizers(model, config, dtype=torch.float32):
-    """-> the optimizers of a step, one or two, each with the highest learning rate of its schedule."""
+    """-> the optimizers of a step, each with the highest learning rate of its schedule."""
     lr, betas, decay = config.learning_rate, (config.beta1, config.beta2), config.weight_decay
     name = {"gpt": "muon", "lstm": "adamw"}[config.model] if config.optimizer == "auto" else config.optimizer
     if name == "adam":
@@ -463,19 +465,23 @@ def make_optimizers(model, config, dtype=torch.float32):
         # the gradient. Where gradients are small it is then the decay that is divided up to full step
         # length.
         return [torch.optim.Adam(model.parameters(), lr, betas, weight_decay=decay)]
+    # The row of a token that is rare moves rarely: the embeddings can take longer steps than the rest.
+    embeddings = [p for n, p in model.named_parameters() if n.startswith(("wte", "wpe"))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if name == "muon" else []
-    rest = [p for p in model.parameters() if all(p is not q for q in matrices)]
+    rest = [p for p in model.parameters() if all(p is not q for q in embeddings + matrices)]
     # Decay apart from the gradient (Loshchilov and Hutter 2019), and on matrices only: shrinking a bias or a
     # layer norm's gain towards zero regularises nothing.
     groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr, betas, fused=True)    # one kernel for all
-    if not matrices:
-        return [adamw]
-    lr = lr if config.muon_learning_rate is None else config.muon_learning_rate
-    # bfloat16 is exact enough for Newton-Schulz; where the processor does not multiply it, float32 is faster
-    dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    return [adamw, Muon(matrices, lr, decay, dtype)]
+    optimizers = [torch.optim.AdamW(groups, lr, betas, fused=True),     # one kernel for all
+                  torch.optim.AdamW(embeddings, config.embedding_lr_scale * lr, betas, weight_decay=decay,
+                                    fused=True)]
+    if matrices:
+        lr = lr if config.muon_learning_rate is None else config.muon_learning_rate
+        # bfloat16 is exact enough for Newton-Schulz; where the processor lacks it, float32 is faster
+        dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        optimizers.append(Muon(matrices, lr, decay, dtype))
+    return optimizers
 
 
 class Muon(torch.optim.Optimizer):
