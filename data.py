@@ -23,7 +23,6 @@ import re
 import signal
 import sys
 import tempfile
-import textwrap
 import time
 import typing
 from collections import Counter
@@ -424,13 +423,6 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is a UserError."""
-
-    def error(self, message):
-        raise UserError(message.removeprefix("argument ") + " (see --help)")
-
-
 def whole_number(text):
     """Also '1e3'."""
     if not float(text).is_integer():
@@ -444,24 +436,37 @@ def true_or_false(text):
 
 def parse_args(argv, doc, *configs, elsewhere={}):
     """['--key=value', '--key', 'value', ...] -> {key: value} of the keys that are given, typed as the fields
-    of the config dataclasses. --help prints them; elsewhere: other defaults that it names, {key: text}.
+    of the config dataclasses. --help prints these; elsewhere: other defaults that it names, {key: text}.
 
     Raises UserError for an unknown key (the nearest is named) or a value of another type.
     """
-    if "--help" in argv or "-h" in argv:
-        print_help(doc, configs, elsewhere)
-        sys.exit(0)
-    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    fields = {f.name: f for config in configs for f in dataclasses.fields(config)}
-    for name, f in fields.items():
-        read = {int: whole_number, bool: true_or_false, float: float}.get(f.type)
-        parser.add_argument(f"--{name}", type=read, choices=typing.get_args(f.type) or None)
-    values, unknown = parser.parse_known_args(argv)
+    parser = argparse.ArgumentParser(
+        description=doc, usage=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False,
+        argument_default=argparse.SUPPRESS, formatter_class=lambda prog:
+        argparse.RawDescriptionHelpFormatter(prog, max_help_position=35, width=100))
+    actions = {}
+    for config in configs:
+        group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
+        comments = dict(re.findall(r"^    (\w+): .*?  +# (.*)$", inspect.getsource(config), re.M))
+        for f in dataclasses.fields(config):
+            if f.name in actions:           # both models have it
+                actions[f.name].help += f"; {config.__name__}: {f.default}"
+                continue
+            choices, read = typing.get_args(f.type), {int: whole_number, bool: true_or_false, float: float}
+            text = comments[f.name] + (f"; one of {', '.join(choices)}" if choices else "")
+            text += f" ({elsewhere[f.name]})" if f.name in elsewhere else ""
+            actions[f.name] = group.add_argument(
+                f"--{f.name}", type=read.get(f.type), choices=choices or None, metavar=str(f.default),
+                help=text.replace("%", "%%"))
+    try:
+        values, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error} (see --help)".removeprefix("argument ")) from None
     for text in unknown:
         if not text.startswith("--"):
             raise UserError(f"{text!r} is not of the form --key=value (see --help)")
         key = text.partition("=")[0]
-        near = difflib.get_close_matches(key.removeprefix("--"), fields, 1)
+        near = difflib.get_close_matches(key.removeprefix("--"), actions, 1)
         raise UserError(f"unknown key {key}" + (f", did you mean --{near[0]}?" if near else " (see --help)"))
     return vars(values)
 
@@ -485,20 +490,6 @@ def configure(config_class, *layers):
         return config_class(**keys)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def print_help(doc, configs, elsewhere):
-    """Each key with its default, meaning and choices, in 100 columns."""
-    print(doc.strip())
-    for config in configs:
-        print(f"\n{config.__doc__.splitlines()[0]}")
-        comments = dict(re.findall(r"^    (\w+): .*?  +# (.*)$", inspect.getsource(config), re.M))
-        for f in dataclasses.fields(config):
-            text = comments[f.name]
-            text += f"; one of {', '.join(typing.get_args(f.type))}" if typing.get_args(f.type) else ""
-            text += f" ({elsewhere[f.name]})" if f.name in elsewhere else ""
-            print(textwrap.fill(text, 100, initial_indent=f"  --{f.name}={f.default} ".ljust(35),
-                                subsequent_indent=" " * 35))
 
 
 def run(main):
