@@ -238,6 +238,21 @@ def to_dtype(model, dtype):
 # ----------------------------------------------------------------------------------------------------
 # Text
 
+class TextStream:
+    """Token ids, one at a time -> the text that each adds. A character that spans several tokens (byte
+    fallback) is held back until it is whole."""
+
+    def __init__(self, tok, ids):
+        self.tok, self.stream = tok.backend_tokenizer, DecodeStream(ids, skip_special_tokens=True)
+
+    def push(self, token):
+        try:
+            return self.stream.step(self.tok, token) or ""
+        except Exception:       # bytes that are no character, after some that were: go on behind them
+            self.stream = DecodeStream([token], skip_special_tokens=True)
+            return "\ufffd"
+
+
 def continue_prompt(model, tok, ids, config, temperature, on_token=None):
     """Generate config.num_samples continuations of the prompt ids as one batch -> a list of token id lists,
     each the prompt and its continuation up to </s>, and tokens/s over all of them, from the first token on.
@@ -307,10 +322,10 @@ def main(argv):
         return grid(model, tok, config, facts, out_dir)
     ids = encode_prompt(tok, config.prompt, model.config)
     if config.num_samples == 1:
-        stream = DecodeStream(ids, skip_special_tokens=True)     # holds a character back until it is whole
+        stream = TextStream(tok, ids)
 
         def show(token):
-            print(stream.step(tok.backend_tokenizer, token) or "", end="", flush=True)
+            print(stream.push(token), end="", flush=True)
 
         print(config.prompt, end="", flush=True)
         rows, speed = continue_prompt(model, tok, ids, config, config.temperature, show)

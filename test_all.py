@@ -557,6 +557,9 @@ def test_streamed_text_never_breaks_a_character(here, monkeypatch, capsys):
         monkeypatch.setattr(sample, "pick", lambda *_: torch.full((1,), next(drawn)))
         sample.main(["--prompt=Raz", "--max_new_tokens=900", "--device=cpu", "--out_dir=outputs/rnn"])
         assert capsys.readouterr().out.startswith(text + "\n[lstm") and not list(drawn)
+    word, colon, half = tok.convert_tokens_to_ids(["▁w", "<0x3A>", "<0xC5>"])      # bytes that are no text
+    stream = sample.TextStream(tok, [tok.bos_token_id, word])
+    assert [stream.push(i) for i in (colon, half, word, word, colon)] == [":", "", "\ufffd", " w", ":"]
 
 
 # ----------------------------------------------------------------------------------------------------
