@@ -67,7 +67,7 @@ class TrainConfig:
     optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # auto: muon for the GPT, else adamw
     learning_rate: float = 4e-3         # the highest of the schedule
     muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
-    embedding_lr_scale: float = 4.0     # the embeddings' learning rate is so many times learning_rate; adam: 1
+    embedding_lr_scale: float = 4.0     # the embeddings learn at so many times learning_rate; adam: at 1
     weight_decay: float = 0.1           # pull of the weights towards zero; adam: of all, else matrices only
     beta1: float = 0.9                  # memory of Adam's mean of gradients
     beta2: float = 0.99                 # memory of Adam's mean of squares; 0.999 is PyTorch's
