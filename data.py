@@ -178,13 +178,13 @@ def cut(text, most=LONGEST_PART):
 
 def dataset_folder(name):
     """data/name. Raises UserError for a name that could lead out of data/."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-        raise UserError(f"--dataset={name}: a name of letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) or name in ("previous", "speakleash"):
+        raise UserError(f"--dataset={name}: choose another name, of letters, digits, '.', '_' and '-'")
     return Path("data") / name
 
 
 def set_aside(folder):
-    """Rename folder, where there is one, to previous/NAME-DATE-TIME beside it: nothing is ever deleted."""
+    """Rename folder, where there is one, to previous/NAME-DATE-TIME beside it; nothing is deleted."""
     if folder.exists():
         name = folder.parent / "previous" / folder.name
         name.parent.mkdir(exist_ok=True)
@@ -323,6 +323,8 @@ def load_tokenizer(name):
         elif not local:
             why += f". Log in (`hf auth login`) and accept its licence on the hub, or {instead}"
         raise UserError(why) from None
+    if not hasattr(tok, "backend_tokenizer"):
+        raise UserError(f"the tokenizer {name!r} has no tokenizer.json: choose another")
     if tok.bos_token_id is None or tok.eos_token_id is None:
         raise UserError(f"the tokenizer {name!r} has no <s> and </s>")
     if size > 65536:
@@ -332,7 +334,7 @@ def load_tokenizer(name):
 
 def tokenizer_size(tok):
     """Its highest id + 1: more than len(tok) where ids are skipped."""
-    return 1 + max(tok.backend_tokenizer.get_vocab().values())
+    return 1 + max(tok.get_vocab().values())
 
 
 def encode(tok, texts):
@@ -441,10 +443,10 @@ def parse_args(argv, doc, *configs, elsewhere={}):
     Raises UserError for an unknown key (the nearest is named) or a value of another type.
     """
     parser = argparse.ArgumentParser(
-        description=doc, usage=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False,
-        argument_default=argparse.SUPPRESS, formatter_class=lambda prog:
-        argparse.RawDescriptionHelpFormatter(prog, max_help_position=35, width=100))
-    actions = {}
+        description=f"{doc}\nBelow, each key with its default.", usage=argparse.SUPPRESS, allow_abbrev=False,
+        exit_on_error=False, argument_default=argparse.SUPPRESS,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=35, width=100))
+    read, actions = {int: whole_number, bool: true_or_false, float: float}, {}
     for config in configs:
         group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
         comments = dict(re.findall(r"^    (\w+): .*?  +# (.*)$", inspect.getsource(config), re.M))
@@ -452,7 +454,7 @@ def parse_args(argv, doc, *configs, elsewhere={}):
             if f.name in actions:           # both models have it
                 actions[f.name].help += f"; {config.__name__}: {f.default}"
                 continue
-            choices, read = typing.get_args(f.type), {int: whole_number, bool: true_or_false, float: float}
+            choices = typing.get_args(f.type)
             text = comments[f.name] + (f"; one of {', '.join(choices)}" if choices else "")
             text += f" ({elsewhere[f.name]})" if f.name in elsewhere else ""
             actions[f.name] = group.add_argument(

@@ -243,14 +243,15 @@ class TextStream:
     fallback) is held back until it is whole."""
 
     def __init__(self, tok, ids):
-        self.tok, self.stream = tok.backend_tokenizer, DecodeStream(ids, skip_special_tokens=True)
+        self.tok, self.ids = tok.backend_tokenizer, ids
+        self.stream = DecodeStream(ids, skip_special_tokens=True)
 
     def push(self, token):
         try:
             return self.stream.step(self.tok, token) or ""
-        except Exception:       # bytes that are no character, after some that were: go on behind them
-            self.stream = DecodeStream([token], skip_special_tokens=True)
-            return "\ufffd"
+        except Exception:       # bytes turned out to be no character after some of them were shown: start anew
+            self.stream = DecodeStream(self.ids, skip_special_tokens=True)
+            return "\ufffd" + (self.stream.step(self.tok, token) or "")
 
 
 def continue_prompt(model, tok, ids, config, temperature, on_token=None):

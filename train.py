@@ -67,7 +67,7 @@ class TrainConfig:
     optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # auto: muon for the GPT, else adamw
     learning_rate: float = 4e-3         # the highest of the schedule
     muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
-    embedding_lr_scale: float = 4.0     # the embeddings learn at so many times learning_rate; adam: at 1
+    embedding_lr_scale: float = 4.0     # times learning_rate: that of the embeddings, but with adam
     weight_decay: float = 0.1           # pull of the weights towards zero; adam: of all, else matrices only
     beta1: float = 0.9                  # memory of Adam's mean of gradients
     beta2: float = 0.99                 # memory of Adam's mean of squares; 0.999 is PyTorch's
@@ -170,7 +170,7 @@ class Trainer:
         if IS_MAIN:
             self.announce()
         for signum in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-            if signal.getsignal(signum) != signal.SIG_IGN:      # as nohup has it for SIGHUP
+            if signal.getsignal(signum) != signal.SIG_IGN:      # nohup ignores SIGHUP: so it stays
                 signal.signal(signum, self.request_stop)
         try:
             self.train()
@@ -465,7 +465,7 @@ def make_optimizers(model, config, dtype=torch.float32):
         # the gradient. Where gradients are small it is then the decay that is divided up to full step
         # length.
         return [torch.optim.Adam(model.parameters(), lr, betas, weight_decay=decay)]
-    # The row of a token that is rare moves rarely: the embeddings can take longer steps than the rest.
+    # A token's row has a gradient only where the token occurs, so the embeddings bear longer steps.
     embeddings = [p for n, p in model.named_parameters() if n.startswith(("wte", "wpe"))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if name == "muon" else []
     rest = [p for p in model.parameters() if all(p is not q for q in embeddings + matrices)]
@@ -693,8 +693,8 @@ def write_json(path, value):
 
 
 class NoStartWeights(torch.overrides.TorchFunctionMode):
-    """Within it a model is built without drawing its weights; on the meta device, which has shapes only, the
-    drawing alone would import torch.compile's machinery: two seconds."""
+    """Skips the drawing of start weights by nn.init.normal_: on the meta device it would draw nothing, and yet
+    import torch.compile's machinery, which takes two seconds."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return None if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
@@ -816,6 +816,8 @@ def main(argv):
     keys = data.parse_args(argv, __doc__, TrainConfig, GPTConfig, LSTMConfig,
                            elsewhere={k: f"mini: {v}" for k, v in MINI.items()})
     out_dir = Path(keys.get("out_dir") or MODELS[keys.get("model", "gpt")][2])
+    if keys.get("init_from") == "resume" and not out_dir.exists():
+        load_checkpoint(out_dir / "last.pt")        # says that there is none, before a lock is left there
     with lock_folder(out_dir) if IS_MAIN else nullcontext():
         start(keys, out_dir)
 
