@@ -1701,7 +1701,7 @@ def test_train_without_data_makes_mini_and_says_so(empty, monkeypatch, capsys):
     assert "data/plwiki is not prepared" in capsys.readouterr().out
     config = results_of("outputs/transformer")["config"]
     assert config.items() >= {**train.MINI, "dataset": "mini", "max_iters": 2, "vocab_size": 2048}.items() - \
-        {("max_iters", 400), ("n_hidden", 192)}
+        {("max_iters", 300), ("n_hidden", 192)}
 
 
 def test_an_empty_text_is_drawn_anew_once(here, monkeypatch, capsys):

@@ -118,7 +118,7 @@ RECIPES = {"tuned": {}, "report": {
 }}
 
 # Settings for the embedded dataset: some minutes on two CPU cores. There Muon serves the LSTM better too.
-MINI = {"block_size": 128, "max_iters": 400, "optimizer": "muon", "learning_rate": 5e-3, "warmup_iters": 50,
+MINI = {"block_size": 128, "max_iters": 300, "optimizer": "muon", "learning_rate": 5e-3, "warmup_iters": 50,
         "n_layer": 4, "n_head": 4, "n_embd": 128, "n_hidden": 192}
 
 # Keys that a resumed run may change; any other would make it another run.
