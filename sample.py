@@ -249,7 +249,7 @@ class TextStream:
     def push(self, token):
         try:
             return self.stream.step(self.tok, token) or ""
-        except Exception:       # bytes turned out to be no character after some of them were shown: start anew
+        except Exception:       # some bytes were shown, and with the next are no character: start anew
             self.stream = DecodeStream(self.ids, skip_special_tokens=True)
             return "\ufffd" + (self.stream.step(self.tok, token) or "")
 

@@ -67,7 +67,7 @@ class TrainConfig:
     optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # auto: muon for the GPT, else adamw
     learning_rate: float = 4e-3         # the highest of the schedule
     muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
-    embedding_lr_scale: float = 4.0     # times learning_rate: that of the embeddings, but with adam
+    embedding_lr_scale: float = 4.0     # the embeddings' rate, as a multiple of learning_rate; adam: 1
     weight_decay: float = 0.1           # pull of the weights towards zero; adam: of all, else matrices only
     beta1: float = 0.9                  # memory of Adam's mean of gradients
     beta2: float = 0.99                 # memory of Adam's mean of squares; 0.999 is PyTorch's
@@ -693,8 +693,8 @@ def write_json(path, value):
 
 
 class NoStartWeights(torch.overrides.TorchFunctionMode):
-    """Skips the drawing of start weights by nn.init.normal_: on the meta device it would draw nothing, and yet
-    import torch.compile's machinery, which takes two seconds."""
+    """Skips nn.init.normal_: on the meta device it would draw nothing, and yet import torch.compile's
+    machinery, which takes two seconds."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return None if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
