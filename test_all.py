@@ -551,8 +551,8 @@ def test_a_continuation_ends_before_its_end_mark(num_samples):
 def test_streamed_text_never_breaks_a_character(here, monkeypatch, capsys):
     """One that spans several tokens is shown when it is whole."""
     tok = data.load_tokenizer("data/tiny/tokenizer")
-    polish, japanese = "Raz zażółć gęślą jaźń 🦊🇵🇱 — ☃ " * 9 + "🦊", "Raz " + "日本語" * 60
-    for text in polish, japanese:
+    for text in ("Raz zażółć gęślą jaźń 🦊🇵🇱 — ☃ " * 9 + "🦊",
+                 "Raz " + "日本語" * 60):
         prompt, ids = (data.encode(tok, [t])[0] for t in ("Raz", text))
         drawn = iter([*ids[len(prompt):], tok.eos_token_id])
         monkeypatch.setattr(sample, "pick", lambda *_: torch.full((1,), next(drawn)))
