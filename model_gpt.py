@@ -26,7 +26,7 @@ class GPTConfig:
     n_layer: int = 12               # Transformer blocks
     n_head: int = 12                # attention heads per block; must divide n_embd
     n_embd: int = 768               # channels
-    dropout: float = 0.0            # share of activations dropped in training; 0 is usual below one epoch
+    dropout: float = 0.0            # share of activations dropped; 0 is usual below an epoch
     fused_attention: bool = True    # scaled_dot_product_attention; False: the same sums by hand
 
     def __post_init__(self):
@@ -128,15 +128,12 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self._init_weights()
-
-    def _init_weights(self):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 # GPT-2's 0.02; the 2 * n_layer branches that add to the residual stream are scaled so
                 # that its variance does not grow with depth
                 branch = name.endswith("c_proj.weight")
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if branch else 0.02)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if branch else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 

@@ -26,9 +26,9 @@ class LSTMConfig:
     n_layer: int = 10               # stacked LSTM layers
     n_embd: int = 512               # channels of the token embedding
     n_hidden: int = 1024            # units per layer
-    dropout: float = 0.0            # share of the embedding and of each layer's output dropped in training
-    residual: bool = True           # add the identity between equal-width layers; False: the report's stack
-    cudnn: bool = True              # on CUDA, cuDNN's kernel for the recurrence; False: ours there too
+    dropout: float = 0.0            # share of the embedding and each layer's output dropped
+    residual: bool = True           # the identity between equal-width layers; False: the report
+    cudnn: bool = True              # on CUDA, cuDNN's recurrence; False: ours there too
 
     def __post_init__(self):
         for key in ("block_size", "vocab_size", "n_layer", "n_embd", "n_hidden"):
@@ -184,10 +184,7 @@ class LSTM(nn.Module):
         widths = [config.n_embd] + [config.n_hidden] * (config.n_layer - 1)
         self.blocks = nn.ModuleList(Block(config, n_input) for n_input in widths)
         self.lm_head = nn.Linear(config.n_hidden, config.vocab_size)
-        self._init_weights()
-
-    def _init_weights(self):
-        bound = 1 / math.sqrt(self.config.n_hidden)     # nn.LSTM's; wte and lm_head keep PyTorch's own
+        bound = 1 / math.sqrt(config.n_hidden)          # nn.LSTM's; wte and lm_head keep PyTorch's own
         for p in self.blocks.parameters():
             nn.init.uniform_(p, -bound, bound)
 
