@@ -38,8 +38,6 @@ PROMPT_TOKENS = 8
 # Dense bfloat16 rates in TFLOP/s, of NVIDIA's data sheets (SXM, where there is one). Training rows name the
 # share of it that they use (MFU), also those that compute in float32.
 PEAK_TFLOPS = {"A40": 149.7, "A100": 312, "H100": 989, "H200": 989, "RTX 3090": 71, "RTX 4090": 165.2}
-REPORT = {"generation": "the report, naive: Transformer 16.5 tokens/s (A40), 13 (M4); LSTM 16.5 and 4",
-          "training": "the report, on an A40: Transformer 7,852 tokens/s"}
 
 
 @dataclass
@@ -48,8 +46,8 @@ class BenchConfig:
     model: Literal["all", "gpt", "lstm"] = "all"    # which model
     device: Literal["all", "cuda", "mps", "cpu"] = "all"    # where; all: every device present
     train: bool = False             # time training steps instead of generation
-    compare: bool = False           # time nothing: tables and curves of the finished runs below out_dir
-    new_tokens: int = 248           # to generate after a prompt of 8; 248 fills the GPT's window of 256
+    compare: bool = False           # time nothing: compare the finished runs below out_dir
+    new_tokens: int = 248           # after a prompt of 8; 248 fills the GPT's window of 256
     batch_size: int = 0             # sequences at once; 0: 1 to generate, the report's 32 to train
     repeats: int = 3                # timed runs; the median is reported
     out_dir: str = "outputs"        # where the JSON file and the chart go
@@ -126,60 +124,6 @@ def token_seconds(model, prompt, config, mode):
 # ----------------------------------------------------------------------------------------------------
 # Training
 
-def bench_training(name, device, config):
-    """Yield one row per change, from the report's recipe to the tuned one, as in bench_training.json."""
-    first, vocab = None, MODELS[name][1]().vocab_size
-    for label, model_class, changes, dtype, recipe, compile in training_changes(name, device):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        torch.manual_seed(0)
-        model = model_class(MODELS[name][1](**changes)).to(device)
-        settings = data.configure(TrainConfig, RECIPES[recipe], {
-            "model": name, "batch_size": config.batch_size, "compile": str(compile), "max_minutes": 1e9,
-            "dtype": str(dtype).removeprefix("torch.")})
-        n_tokens = config.batch_size * model.config.block_size + 1
-        tokens = np.random.default_rng(0).integers(vocab, size=n_tokens)
-        trainer = Trainer(settings, model, {"train": tokens})
-        trainer.train_step()                            # warm up: compilation, allocations, the moments
-        n_steps = 1 if device.type == "cpu" else 10     # train.py does not wait for a GPU at each of them
-        taken = seconds(lambda: [trainer.train_step() for _ in range(n_steps)], device, config.repeats)
-        speed = n_steps * trainer.tokens_per_step / taken
-        flops, first = model.flops_per_token(), first or speed
-        del model, trainer                              # before the next is built: two may not fit
-        row = {"model": name, "device": device.type, "change": label, "dtype": settings.dtype,
-               "batch_size": config.batch_size, "tokens_per_second": round(speed, 1),
-               "ratio": round(speed / first, 2), "tflops": round(speed * flops / 1e12, 3)}
-        if device.type == "cuda":
-            row |= {"peak_memory_gb": peak_memory_gb(device), "mfu": mfu(row["tflops"], device_name(device))}
-        yield row
-
-
-def mfu(tflops, gpu):
-    """Model FLOPs utilisation (Chowdhery et al. 2022), the share of the GPU's peak; None where unknown."""
-    peaks = [peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)]
-    return round(tflops / peaks[0], 3) if peaks else None
-
-
-def training_changes(name, device):
-    """-> [(label, model class, changes to its config, dtype, recipe, compile)]"""
-    exact, fast, cuda = torch.float32, choose_dtype("auto", device, name)[0], device.type == "cuda"
-    if name == "gpt":
-        manual, compiles = {"fused_attention": False}, cuda and not compile_fault(device)
-        return [("report: float32, attention by hand", GPT, manual, exact, "report", False),
-                ("mixed precision", GPT, manual, fast, "report", False),
-                ("fused attention", GPT, {}, fast, "report", False),
-                *[("torch.compile", GPT, {}, fast, "report", True)] * compiles,
-                ("tuned recipe, with Muon", GPT, {}, fast, "tuned", compiles)]
-    plain = {"residual": False, "cudnn": False}
-    return [("report: nn.LSTM, float32", TorchLSTM, {}, exact, "report", False),
-            ("nn.LSTM, mixed precision", TorchLSTM, {}, fast, "report", False),
-            ("by hand, float32", LSTM, plain, exact, "report", False),
-            ("by hand, mixed precision", LSTM, plain, fast, "report", False),
-            *[("cuDNN, bfloat16", LSTM, {"residual": False}, torch.bfloat16, "report", False),
-              ("cuDNN layer by layer", LSTM, {"residual": False}, fast, "report", False)] * cuda,
-            ("tuned recipe, with skips", LSTM, {}, fast, "tuned", False)]
-
-
 class TorchLSTM(LSTM):
     """The same model on PyTorch's own nn.LSTM, without skips: what the report's RNN most likely was."""
 
@@ -189,6 +133,56 @@ class TorchLSTM(LSTM):
 
     def _hidden(self, idx, state, recurrence):
         return self.blocks(self.wte(idx.t()))[0], None, None
+
+
+EXACT, MIXED = {"recipe": "report"}, {"recipe": "report", "dtype": "auto"}
+# From the report's recipe to the tuned one: a label, the model's class and sizes, and the keys of train.py.
+CHANGES = {
+    "gpt": [("report: float32, attention by hand", GPT, {"fused_attention": False}, EXACT),
+            ("mixed precision", GPT, {"fused_attention": False}, MIXED),
+            ("fused attention", GPT, {}, MIXED),
+            ("torch.compile", GPT, {}, {**MIXED, "compile": True}),
+            ("tuned recipe, with Muon", GPT, {}, {})],
+    "lstm": [("report: nn.LSTM, float32", TorchLSTM, {}, EXACT),
+             ("nn.LSTM, mixed precision", TorchLSTM, {}, MIXED),
+             ("by hand, float32", LSTM, {"residual": False, "cudnn": False}, EXACT),
+             ("by hand, mixed precision", LSTM, {"residual": False, "cudnn": False}, MIXED),
+             ("cuDNN, bfloat16", LSTM, {"residual": False}, {**MIXED, "dtype": "bfloat16"}),
+             ("cuDNN layer by layer", LSTM, {"residual": False}, MIXED),
+             ("tuned recipe, with skips", LSTM, {}, {})]}
+
+
+def bench_training(name, device, config):
+    """Yield one row per change, from the report's recipe to the tuned one, as in bench_training.json."""
+    first = None
+    for label, model_class, sizes, keys in CHANGES[name]:
+        if device.type != "cuda" and label.startswith(("torch.compile", "cuDNN")):
+            continue
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        torch.manual_seed(0)
+        model = model_class(MODELS[name][1](**sizes)).to(device)
+        settings = data.configure(TrainConfig, RECIPES[keys.get("recipe", "tuned")], keys, {
+            "model": name, "batch_size": config.batch_size, "max_minutes": 1e9})
+        n_tokens = config.batch_size * model.config.block_size + 1
+        tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=n_tokens)
+        trainer = Trainer(settings, model, {"train": tokens})
+        trainer.train_step()                            # warm up: compilation, allocations, the moments
+        n_steps = 1 if device.type == "cpu" else 10     # train.py does not wait for a GPU at each of them
+        taken = seconds(lambda: [trainer.train_step() for _ in range(n_steps)], device, config.repeats)
+        speed = n_steps * trainer.tokens_per_step / taken
+        dtype, tflops, first = trainer.dtype, speed * model.flops_per_token() / 1e12, first or speed
+        del model, trainer                              # before the next is built: two may not fit
+        yield {"model": name, "device": device.type, "change": label, "batch_size": config.batch_size,
+               "dtype": str(dtype).removeprefix("torch."), "tokens_per_second": round(speed, 1),
+               "ratio": round(speed / first, 2), "tflops": round(tflops, 3),
+               "mfu": mfu(tflops, device_name(device)), "peak_memory_gb": peak_memory_gb(device)}
+
+
+def mfu(tflops, gpu):
+    """Model FLOPs utilisation (Chowdhery et al. 2022), the share of the GPU's peak; None where unknown."""
+    peaks = [peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", gpu)]
+    return round(tflops / peaks[0], 3) if peaks else None
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -245,18 +239,6 @@ def compare_curves(dataset, runs, panels):
 
 # ----------------------------------------------------------------------------------------------------
 
-def show(row):
-    """A row of bench.json as a line."""
-    what = f"{row['model']:<6}{row['device']:<6}{row.get('change') or row['mode']:<36}{row['dtype']:<10}"
-    line = f"{what}{row['tokens_per_second']:>11,.1f} tokens/s{row['ratio']:>7.2f}x"
-    if "tflops" in row:
-        memory = f"{row['peak_memory_gb']:>7.1f} GB" if "peak_memory_gb" in row else ""
-        share = f"{row['mfu']:>7.1%} MFU" if row.get("mfu") else ""
-        return f"{line}{row['tflops']:>8.2f} TFLOP/s{memory}{share}"
-    share = f"{row['bandwidth_share']:>8.0%} of {row['bandwidth_gb_per_second']:.0f} GB/s"
-    return f"{line}{share}, the first after {row['first_token_ms']:.0f} ms"
-
-
 def plot_bars(rows, path, title):
     with picture(path, 1, 10, 1 + 0.6 * len(rows)) as ((panel,),):
         labels = [f"{r['model']} {r['device']}\n{r.get('change') or r['mode']}, {r['dtype']}" for r in rows]
@@ -285,11 +267,12 @@ def main(argv):
     for name in MODELS if config.model == "all" else [config.model]:
         for device in devices:
             for row in bench(name, device, config):
+                if not rows:                            # a table in Markdown
+                    print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
                 rows.append(row)
-                print(show(row), flush=True)
+                print("| " + " | ".join(map(str, row.values())) + " |", flush=True)
                 # each as it is measured: an error later on loses nothing
                 write_json(path, {"machine": machine, "what": what, "rows": rows})
-    print(REPORT[kind])
     plot_bars(rows, path.with_suffix(".png"), f"{what.capitalize()}\n{machine}")
     print(f"written: {path}, {path.with_suffix('.png')}")
 

@@ -16,7 +16,6 @@ import inspect
 import io
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -49,13 +48,13 @@ LONGEST_LINE = 100_000_000      # characters: a .jsonl is read a line at a time
 @dataclass
 class DataConfig:
     """What to prepare."""
-    dataset: str = "plwiki"         # name of the folder under data/: plwiki, mini, or your own with --source
+    dataset: str = "plwiki"         # folder under data/: plwiki, mini, or a name of yours
     source: str = ""                # a local .jsonl, .jsonl.zst (SpeakLeash layout) or .txt file
-    tokenizer: str = "speakleash/Bielik-4.5B-v3"    # a hub name, a folder, or train: learn one from the text
-    vocab_size: int = 32000         # entries of a trained tokenizer (--tokenizer=train); at most 65536
+    tokenizer: str = "speakleash/Bielik-4.5B-v3"    # a hub name, a folder, or train: a new one
+    vocab_size: int = 32000         # entries of a new tokenizer, at most 65536
     n_docs: int = 0                 # documents to take, from the front; 0: all. For plwiki 100000
-    quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # documents without a label are kept
-    seed: int = 1337                # decides which documents go to train, val and test; and mini's text
+    quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # those unlabelled are kept
+    seed: int = 1337                # of the split into train, val and test, and of mini's text
 
     def __post_init__(self):
         if not 512 <= self.vocab_size <= 65536:
@@ -101,10 +100,7 @@ def prepare(config):
             tok = train_tokenizer(documents(), config.vocab_size)
             if len(tok) < config.vocab_size:
                 print(f"it has {len(tok):,}: the text has no more pieces that come twice")
-        try:
-            tok.save_pretrained(new / "tokenizer")
-        except Exception as error:      # its own kind of exception, where the disk is full
-            raise UserError(f"cannot write the tokenizer ({first_line(error)})") from None
+        tok.save_pretrained(new / "tokenizer")
         if source.endswith(".txt"):
             parts = parts_of_text(next(documents()))
         else:
@@ -205,18 +201,20 @@ def read_documents(path, quality, left_out):
     Raises UserError, which names the line, for anything else.
     """
     import zstandard
-    path, n, found = Path(path), 0, False
-    file, size, one_text = open(path, "rb"), path.stat().st_size, path.suffix == ".txt"
+    path, n, line, found = Path(path), 0, "", False
+    file, size = open(path, "rb"), path.stat().st_size
     unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
     stream = io.TextIOWrapper(unpacked if path.suffix == ".zst" else file, encoding="utf-8-sig", newline="")
     with file, progress_bar(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
-            lines = iter(partial(stream.readline, LONGEST_LINE), "")
-            for n, line in enumerate([stream.read()] if one_text else lines, 1):
+            if path.suffix == ".txt":
+                yield stream.read()
+                return
+            for n, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), ""), 1):
                 bar.update(file.tell() - bar.n)
-                if len(line) == LONGEST_LINE and not one_text:
-                    raise UserError(f"{path}, line {n}: longer than {LONGEST_LINE:,} characters")
-                record = {"text": line} if one_text or line.isspace() else json.loads(line)
+                if len(line) == LONGEST_LINE:
+                    raise ValueError(f"longer than {LONGEST_LINE:,} characters")
+                record = {"text": line} if line.isspace() else json.loads(line)
                 text, label = record["text"], (record.get("meta") or {}).get("quality")
                 if not text.strip():
                     left_out["blank documents"] += 1
@@ -225,19 +223,14 @@ def read_documents(path, quality, left_out):
                 else:
                     found = True
                     yield text.encode("utf-8", "replace").decode()      # JSON can spell half a character
-        except zstandard.ZstdError as error:
-            raise UserError(f"{path} is not a zstd file, or a damaged one ({error})") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 ({error.reason}): if it is in cp1250, say, convert it by "
                             f"`iconv -f cp1250 -t utf-8 {path} > NEW`") from None
-        except (KeyError, TypeError, AttributeError):
+        except (zstandard.ZstdError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as why:
             raise UserError(f'{path}, line {n}: not {{"text": "...", "meta": {{...}}}} but '
-                            f"{line[:60].strip()}") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {n}: not JSON ({error})") from None
+                            f"{line[:60].strip()} ({why})") from None
     if not found:
-        which = "" if one_text or quality == "ALL" else f" of quality {quality}"
-        raise UserError(f"{path} holds no document{which}")
+        raise UserError(f"{path} holds no document" + f" of quality {quality}" * (quality != "ALL"))
 
 
 def reachable(url):
@@ -256,10 +249,9 @@ def fetch_plwiki(folder):
     if not reachable(Speakleash.get_url("pl")):
         raise UserError(f"SpeakLeash cannot be reached: {instead}")
     try:
-        dataset = Speakleash(str(folder)).get("plwiki")
-        whole, path = dataset.check_file() if dataset else (False, "")
-    except OSError as error:        # every exception of requests is one
-        raise UserError(f"the download of plwiki broke off ({error}): run again, or {instead}") from None
+        whole, path = Speakleash(str(folder)).get("plwiki").check_file()
+    except (OSError, AttributeError):       # of requests; get gave None
+        whole = False
     if not whole:
         raise UserError(f"SpeakLeash gave no whole plwiki: run again, or {instead}")
     return path
@@ -302,33 +294,25 @@ def train_tokenizer(texts, vocab_size):
 def load_tokenizer(name):
     """The tokenizer of a folder or a hub name; without a network, from the hub's local cache. Never runs code
     from there. Raises UserError, which says what to type instead."""
-    instead = "pass --tokenizer=FOLDER or --tokenizer=train, or use --dataset=mini"
-    local = Path(name).is_dir()
-    offline = local or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    offline = Path(name).is_dir() or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     if offline:     # set before the import, or the hub's client would wait and retry
         os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import AutoTokenizer, logging
     logging.set_verbosity_error()
     try:
         tok = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
-        size = tokenizer_size(tok)
+        if not hasattr(tok, "backend_tokenizer") or None in (tok.bos_token_id, tok.eos_token_id):
+            raise ValueError("it has no tokenizer.json, or no <s> and </s>")
+        if tokenizer_size(tok) > 65536:
+            raise ValueError(f"it has ids up to {tokenizer_size(tok) - 1:,}: above 16 bits, as we store them")
     except (KeyboardInterrupt, SystemExit):     # SIGTERM is the second, see run
         raise
     except BaseException as error:  # a damaged or foreign file can raise anything, even a panic of Rust's
-        why = f"cannot load the tokenizer {name!r} ({first_line(error)})"
-        if Path(name, "tokenizer.model").exists() and not Path(name, "tokenizer.json").exists():
-            why = f"the tokenizer {name!r} is in SentencePiece's format: pip install sentencepiece"
-        elif offline and not local:
-            why = f"the tokenizer {name!r} is not on this machine and the hub cannot be reached: {instead}"
-        elif not local:
-            why += f". Log in (`hf auth login`) and accept its licence on the hub, or {instead}"
-        raise UserError(why) from None
-    if not hasattr(tok, "backend_tokenizer"):
-        raise UserError(f"the tokenizer {name!r} has no tokenizer.json: choose another")
-    if tok.bos_token_id is None or tok.eos_token_id is None:
-        raise UserError(f"the tokenizer {name!r} has no <s> and </s>")
-    if size > 65536:
-        raise UserError(f"the tokenizer {name!r} has ids up to {size - 1:,}: above 16 bits, as it is stored")
+        raise UserError(
+            f"cannot load the tokenizer {name!r} ({first_line(error)}). One of the hub needs the network, "
+            "and may need `hf auth login` and its licence accepted there; one in SentencePiece's format "
+            "needs `pip install sentencepiece`. Else pass --tokenizer=FOLDER or --tokenizer=train, or use "
+            "--dataset=mini") from None
     return tok
 
 
@@ -362,20 +346,11 @@ def load_dataset(name):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, this code reads {FORMAT_VERSION}")
-        if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] <= 65536:
-            raise ValueError("vocab_size is not 1 to 65536")
         for split in SPLITS:
-            if not (folder / f"{split}.bin").is_file():
-                raise ValueError(f"{split}.bin is no file")
-            tokens = splits[split] = np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r")
-            facts = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens).hexdigest()}
-            if any(meta["splits"][split][key] != fact for key, fact in facts.items()):
+            splits[split] = np.memmap(folder / f"{split}.bin", dtype="<u2", mode="r")
+            if hashlib.sha256(splits[split]).hexdigest() != meta["splits"][split]["sha256"]:
                 raise ValueError(f"{split}.bin is not the file that was prepared")
-            if not 0 < float(meta["splits"][split]["characters"]) < math.inf:
-                raise ValueError(f"meta.json gives {split} no characters")
-            if tokens.max() >= meta["vocab_size"]:
-                raise ValueError(f"{split}.bin holds a token id above the vocabulary of {meta['vocab_size']}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({type(error).__name__}: {error}): prepare it again") from None
     return meta, splits
 
@@ -436,30 +411,21 @@ def true_or_false(text):
     return ("false", "true").index(text.lower()) == 1
 
 
-def parse_args(argv, doc, *configs, elsewhere={}):
+def parse_args(argv, doc, *configs):
     """['--key=value', '--key', 'value', ...] -> {key: value} of the keys that are given, typed as the fields
-    of the config dataclasses. --help prints these; elsewhere: other defaults that it names, {key: text}.
+    of the config dataclasses. --help prints doc, and these dataclasses as they stand in the code.
 
     Raises UserError for an unknown key (the nearest is named) or a value of another type.
     """
-    parser = argparse.ArgumentParser(
-        description=f"{doc}\nBelow, each key with its default.", usage=argparse.SUPPRESS, allow_abbrev=False,
-        exit_on_error=False, argument_default=argparse.SUPPRESS,
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=35, width=100))
-    read, actions = {int: whole_number, bool: true_or_false, float: float}, {}
-    for config in configs:
-        group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
-        comments = dict(re.findall(r"^    (\w+): .*?  +# (.*)$", inspect.getsource(config), re.M))
-        for f in dataclasses.fields(config):
-            if f.name in actions:           # both models have it
-                actions[f.name].help += f"; {config.__name__}: {f.default}"
-                continue
-            choices = typing.get_args(f.type)
-            text = comments[f.name] + (f"; one of {', '.join(choices)}" if choices else "")
-            text += f" ({elsewhere[f.name]})" if f.name in elsewhere else ""
-            actions[f.name] = group.add_argument(
-                f"--{f.name}", type=read.get(f.type), choices=choices or None, metavar=str(f.default),
-                help=text.replace("%", "%%"))
+    if {"-h", "--help"} & set(argv):
+        print(doc, *(inspect.getsource(c).partition("\n\n    def ")[0] for c in configs), sep="\n\n")
+        sys.exit()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False,
+                                     argument_default=argparse.SUPPRESS)
+    kinds = {f.name: f.type for config in configs for f in dataclasses.fields(config)}
+    read = {int: whole_number, bool: true_or_false, float: float}
+    for key, kind in kinds.items():
+        parser.add_argument(f"--{key}", type=read.get(kind), choices=typing.get_args(kind) or None)
     try:
         values, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -468,7 +434,7 @@ def parse_args(argv, doc, *configs, elsewhere={}):
         if not text.startswith("--"):
             raise UserError(f"{text!r} is not of the form --key=value (see --help)")
         key = text.partition("=")[0]
-        near = difflib.get_close_matches(key.removeprefix("--"), actions, 1)
+        near = difflib.get_close_matches(key.removeprefix("--"), kinds, 1)
         raise UserError(f"unknown key {key}" + (f", did you mean --{near[0]}?" if near else " (see --help)"))
     return vars(values)
 
@@ -508,10 +474,7 @@ def run(main):
         os._exit(141)       # as the shell reports a program that SIGPIPE ended
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or
-                re.search("allocate|overflowed", str(error))):
-            raise
+    except (MemoryError, torch.OutOfMemoryError):
         sys.exit("error: out of memory: lower --batch_size, --block_size or --num_samples")
 
 
@@ -531,89 +494,59 @@ ADJECTIVE = {"m": "y ego emu y ym ym", "M": "y ego emu ego ym ym", "f": "a ej ej
              "n": "e ego emu e ym ym", "p": "e ych ym e ymi ych"}           # nowy, nowego, nowemu, ...
 # A row is a gender and the endings of six cases. A noun takes the first row whose nominative it ends in.
 NOUNS = [row.split() for row in (
-    "f ka ki ce kę ką ce|f na ny nie nę ną nie|f ra ry rze rę rą rze|f ta ty cie tę tą cie|"
-    "f wa wy wie wę wą wie|f ca cy cy cę cą cy|f ża ży ży żę żą ży|"
-    "f wieś wsi wsi wieś wsią wsi|"
-    "m ów owa owowi ów owem owie|m zamek zamku zamkowi zamek zamkiem zamku|m ek ka kowi ek kiem ku|"
-    "m iec ca cowi iec cem cu|M an ana anowi ana anem anie|M ław ława ławowi ława ławem ławie|"
-    "M arz arza arzowi arza arzem arzu|n wo wa wu wo wem wie|n asto asta astu asto astem eście|"
-    "n ko ka ku ko kiem ku|p ice ic icom ice icami icach|p mury murów murom mury murami murach").split("|")]
+    "f ka ki ce kę ką ce|f na ny nie nę ną nie|f wa wy wie wę wą wie|m ów owa owowi ów owem owie|"
+    "m ek ka kowi ek kiem ku|m iec ca cowi iec cem cu|M an ana anowi ana anem anie|"
+    "M ław ława ławowi ława ławem ławie|n wo wa wu wo wem wie|n ko ka ku ko kiem ku|"
+    "p ice ic icom ice icami icach|p mury murów murom mury murami murach").split("|")]
 STEMS = ("Dęb Lip Buk Sosn Jodł Grab Klon Jawor Cis Brzoz Olch Wierzb Jesion Kalin Malin Wiśni Topol "
          "Akacj Jarzębin Leszczyn Orzech Jałowc Modrzewi Wiąz Jan Adam Piotr Bogdan Wilk Sokoł Kruk "
-         "Orł Bobr Lis Stanisław Bolesław Mirosław Stefan Roman Julian Bor Gaj Dzik Piask Chmiel Rad "
-         "Tur Zdzisław").split()
-PRAISE = "piękn star mał zielon słynn bogat cich now wielk skromn urocz malownicz drewnian dawn".split()
-# What an article may name: nouns, then stems of adjectives before them and after them ("" is none).
-LEXICON = {
+         "Orł Bobr Lis Stefan Roman Julian Bor Gaj Dzik Piask Chmiel Rad Tur").split()
+LEXICON = {     # what an article may name: nouns, and the stems of adjectives, of which one follows the noun
     "town": ([stem + end for stem in STEMS for end in ("ów", "owo", "ówka", "owina", "owiec", "owice")],
-             ["", "", "", "", "Now", "Star", "Wielk", "Mał", "Górn", "Doln"]),
-    "river": ([stem + end for stem in STEMS for end in ("ownica", "owianka")],),
-    "who": ("Jan Stefan Roman Julian Stanisław Wacław Czesław Anna Helena Barbara Marta Ewa "
-            "Monika".split(), [""], [stem + "owsk" for stem in STEMS]),
-    "species": ("mięta róża malwa turzyca dzwonek fiołek mewa sowa sikora kaczka sroka wrona "
-                "bocian".split(), [""],
+             "Now Star Wielk Mał Górn Doln".split()),
+    "river": ([stem + "owianka" for stem in STEMS], "Biał Czarn Wielk Mał".split()),
+    "who": ("Jan Stefan Roman Julian Stanisław Wacław Czesław Anna Helena Ewa Monika".split(),
+            [stem + "owsk" for stem in STEMS]),
+    "species": ("sroka kaczka wrona sowa mewa bocian dzwonek fiołek".split(),
                 "leśn poln górsk wodn drobn biał żółt złot łąkow karpack dzik czarn srebrn".split()),
-    "place": ("miasto wieś miasteczko uzdrowisko".split(), PRAISE,
-              "śląsk mazowieck pomorsk lubelsk".split()),
-    "building": ("zamek mury katedra kaplica wieża chata biblioteka opactwo".split(), PRAISE)}
-# Of the sentences on a line one is taken. {town2} is a second town; {past} ends the verb of a numeral.
+    "place": ("wioska mieścina miasteczko uzdrowisko gródek".split(), "śląsk mazowieck pomorsk".split()),
+    "building": ("biblioteka kapliczka kościółek opactwo mury".split(), "drewnian miejsk".split())}
 ARTICLES = """
 {town} to {place}. | {town} – {place} nad {river:ins}.
 W {later} roku mieszkał{past} tam {people}. | W {later} roku stał{past} tam {homes}.
-Pierwsza wzmianka o {town:loc} pochodzi z {year} roku. | {town} należał{town.past} do {who2:gen}.
-{town} graniczył{town.past} {town2:z ins}. | Mieszkańcy {town2:gen} pomogli {town:dat} po pożarze.
-Tutaj urodził{who.past} się {job} {who}. | Podróżni chwalą {building:acc}. | Występuje tu {species}.
+Pierwsza wzmianka o {town:loc} pochodzi z {year} roku. | {town} należał{town.past} do {who:gen}.
+Mieszkańcy {town2:gen} pomogli {town:dat}. | {town} był{town.past} większ{town.adj} niż {town2}.
+Podróżni chwalą {building:acc}. | Występuje tu {species}. | Urodził{who.past} się tam {who}.
 
-{who} – {job}. | {who} był{who.past} {job:ins}.
-Urodził{who.past} się w {year} roku w {town:loc}. | Pochodził{who.past} {town:z gen}.
-W {town2:loc} poznał{who.past} {who2:acc}. | Przez wiele lat przyjaźnił{who.past} się {who2:z ins}.
-Opisał{who.past} {species:acc}. | Zajmował{who.past} się {species:ins}. | \
-Malował{who.past} {building:acc}.
-Zmarł{who.past} w {later} roku. | Przeżył{who.past} {age}.
-Książkę o {who:loc} napisał{who2.past} {who2}. | {who2} poświęcił{who2.past} {who:dat} wiersz.
+{who} urodził{who.past} się w {town:loc}. | {who} mieszkał{who.past} nad {river:ins}.
+W {year} roku poznał{who.past} {who2:acc}. | Opiekował{who.past} się {who2:ins}.
+Opisał{who.past} {species:acc}. | Zajmował{who.past} się {species:ins}. | Opuścił{who.past} {town:acc}.
+{who2} poświęcił{who2.past} {who:dat} wiersz. | Książkę o {who:loc} napisał{who2.past} {who2}.
 
 {species} występuje nad {river:ins}. | {species} to gatunek, który opisał{who.past} {who}.
-W {year} roku żył{past} w {town:loc} {specimens}.
-Pierwszy opis {species:gen} powstał w {town2:loc}. | O {species:loc} krąży w {town2:loc} wiele legend.
-{species} jest chronion{species.adj} od {later} roku. | {who2} poświęcił{who2.past} {species:dat} wiersz.
-W herbie {town:gen} można zobaczyć {species:acc}. | Wraz {species:z ins} występuje {species2}.
+Pierwszy opis {species:gen} powstał w {town:loc}. | {species:acc} chronił{who.past} {who}.
+{species} jest chronion{species.adj} od {later} roku. | {who} poświęcił{who.past} {species:dat} wiersz.
+Przed {building:ins} można spotkać {species:acc}. | O {species:loc} krąży w {town:loc} wiele legend.
 
 {building} w {town:loc} został{building.past} zbudowan{building.adj} w {year} roku.
 Pieniądze na {building:acc} dał{who.past} {who}. | Plany {building:gen} narysował{who.past} {who}.
-Obok {building:gen} występuje {species}. | Przed {building:ins} można spotkać {species:acc}.
-O {building:loc} pisał{who2.past} {who2}. | \
-Dzięki {building:dat} {town} stał{town.past} się sławn{town.adj}.
-""".strip().split("\n\n")
+Obok {building:gen} występuje {species}. | O {building:loc} pisał{who2.past} {who2}.
+Dzięki {building:dat} {town} stał{town.past} się sławn{town.adj}. | W {town2:loc} takich nie ma.
+""".strip().split("\n\n")       # of the sentences on a line one is taken; {town2} is a second town
 
 
 class Word:
-    """A noun and its adjectives. f"{word}" is nominative, f"{word:gen}" genitive; "z gen" adds z or ze."""
+    """A noun and an adjective. f"{word}" is nominative, f"{word:gen}" genitive."""
 
-    def __init__(self, noun, before="", after=""):
+    def __init__(self, noun, adjective):
         gender, *endings = next(row for row in NOUNS if noun.endswith(row[1]))
-        self.gender, self.past, self.adj = gender, PAST[gender], ADJECTIVE[gender][0]     # stał-o, sławn-e
-        forms = [noun.removesuffix(endings[0]) + ending for ending in endings]
-        if before:
-            forms = [f"{before}{ending} {form}" for ending, form in zip(ADJECTIVE[gender].split(), forms)]
-        if after:
-            forms = [f"{form} {after}{ending}" for ending, form in zip(ADJECTIVE[gender].split(), forms)]
+        self.past, self.adj = PAST[gender], ADJECTIVE[gender][0]        # stał-o, sławn-e
+        stem, pairs = noun.removesuffix(endings[0]), zip(endings, ADJECTIVE[gender].split())
+        forms = [f"{stem}{ending} {adjective}{agreeing}" for ending, agreeing in pairs]
         self.forms = [form.replace("ky", "ki").replace("ke", "kie") for form in forms]  # not wielky
 
-    def __format__(self, spec):
-        form = self.forms[CASES.index(spec.removeprefix("z ") or "nom")]
-        return z(form) if spec.startswith("z ") else form
-
-
-def is_few(n):          # 2, 3, 4, 22, ... take the plural; 5, 12, ... the genitive plural and a neuter verb
-    return n % 10 in (2, 3, 4) and n % 100 not in (12, 13, 14)
-
-
-def count(n, one, few, many):           # Polish numerals: 1 rok, 2 lata, 5 lat
-    return f"{n:,} {one if n == 1 else few if is_few(n) else many}".replace(",", " ")
-
-
-def z(phrase):          # the preposition z, which is ze before an awkward pair of consonants
-    return ("ze " if phrase[0] in "SZŚszś" and phrase[1] not in "aeiouyąęó" else "z ") + phrase
+    def __format__(self, case):
+        return self.forms[CASES.index(case or "nom")]
 
 
 def write_mini(seed, n_docs=30_000):
@@ -621,13 +554,13 @@ def write_mini(seed, n_docs=30_000):
     rng = random.Random(seed)
     for _ in range(n_docs):
         words = {name + i: Word(*map(rng.choice, row)) for name, row in LEXICON.items() for i in ("", "2")}
-        job = rng.choice(["mal", "pis", "lek", "aptek"]) + ("arka" if words["who"].gender == "f" else "arz")
-        n, age, year = rng.randint(2, 90_000), rng.randint(31, 99), rng.randint(1050, 1890)
-        words |= {"year": year, "later": year + age, "age": count(age, "rok", "lata", "lat"),
-                  "people": count(n, "osoba", "osoby", "osób"), "homes": count(n, "dom", "domy", "domów"),
-                  "specimens": count(n, "okaz", "okazy", "okazów"), "past": PAST["p" if is_few(n) else "n"],
-                  "job": Word(job, "polsk")}
-        lines = rng.choice(ARTICLES).splitlines()[:rng.randint(4, 6)]
+        n, year = rng.randint(2, 90_000), rng.randint(1050, 1890)
+        # 22 domy stały, but 25 domów stało: 2, 3, 4, 22, ... take the plural; 5, 12, ... its genitive
+        few = n % 10 in (2, 3, 4) and n % 100 not in (12, 13, 14)
+        words |= {"year": year, "later": year + rng.randint(31, 99), "past": PAST["p" if few else "n"],
+                  "people": f"{n} osoby" if few else f"{n} osób",
+                  "homes": f"{n} domy" if few else f"{n} domów"}
+        lines = rng.choice(ARTICLES).splitlines()
         sentences = [rng.choice(line.split(" | ")).format(**words) for line in lines]
         yield " ".join(s[0].upper() + s[1:] for s in sentences)
 

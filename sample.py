@@ -20,13 +20,12 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tokenizers.decoders import DecodeStream
 
 import data
 from data import UserError
 from model_gpt import GPT
-from train import MODELS, build_model, choose_device, choose_dtype, compile_fault, device_name, \
-    load_checkpoint, set_matmul_precision, write_json, write_whole
+from train import MODELS, choose_device, choose_dtype, compile_fault, device_name, load_checkpoint, \
+    set_matmul_precision, write_json, write_whole
 
 GRID_TEMPERATURES = (0.5, 1.0, 1.5)
 GRID_PROMPTS = ("Polska to piękny kraj.", "Dawno temu", "Miasto leży nad rzeką", "W 1920 roku",
@@ -38,13 +37,13 @@ class SampleConfig:
     """What to generate."""
     model: Literal["auto", "gpt", "lstm"] = "auto"  # auto: the one with the newest checkpoint
     out_dir: str = ""               # folder of ckpt.pt; empty: outputs/transformer or outputs/rnn
-    prompt: str = "Polska to piękny kraj."  # text to continue
-    temperature: float = 1.0        # divides the logits: below 1 safer, above wilder; 0: always the likeliest
+    prompt: str = "Dawno temu"      # text to continue
+    temperature: float = 1.0        # below 1 safer, above wilder; 0: always the likeliest
     top_k: int = 0                  # draw among the k likeliest tokens only; 0: all
-    top_p: float = 1.0              # draw among the likeliest that together have this probability; 1: all
+    top_p: float = 1.0              # draw among the likeliest that together reach this; 1: all
     max_new_tokens: int = 200       # tokens to generate, fewer where the text ends with </s>
     num_samples: int = 1            # continuations, generated as one batch
-    seed: int = 1337                # the same seed gives the same text; a single empty one is drawn once more
+    seed: int = 1337                # the same seed gives the same text
     grid: bool = False              # all prompts at all temperatures, written to a JSON file
     export: str = ""                # write the model to this folder, for use elsewhere, and end
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
@@ -238,56 +237,35 @@ def to_dtype(model, dtype):
 # ----------------------------------------------------------------------------------------------------
 # Text
 
-class TextStream:
-    """Token ids, one at a time -> the text that each adds. A character that spans several tokens (byte
-    fallback) is held back until it is whole."""
-
-    def __init__(self, tok, ids):
-        self.tok, self.ids = tok.backend_tokenizer, ids
-        self.stream = DecodeStream(ids, skip_special_tokens=True)
-
-    def push(self, token):
-        try:
-            return self.stream.step(self.tok, token) or ""
-        except Exception:       # some bytes were shown, and with the next are no character: start anew
-            self.stream = DecodeStream(self.ids, skip_special_tokens=True)
-            return "\ufffd" + (self.stream.step(self.tok, token) or "")
-
-
-def continue_prompt(model, tok, ids, config, temperature, on_token=None):
-    """Generate config.num_samples continuations of the prompt ids as one batch -> a list of token id lists,
-    each the prompt and its continuation up to </s>, and tokens/s over all of them, from the first token on.
-    on_token(id) is called for each token of a single sample as it comes."""
+def continue_prompt(model, tok, prompt, config, temperature, stream=False):
+    """Generate config.num_samples continuations of the prompt as one batch -> a list of token id lists, each
+    <s>, the prompt and its continuation up to </s>, and tokens/s over all of them, from the first token on.
+    stream: print the text of a single one as it comes. Raises UserError for another model's tokenizer."""
+    # of a long prompt the newest block_size tokens: neither model was trained on more
+    ids = [tok.bos_token_id, *data.encode(tok, [prompt])[0]][-model.config.block_size:]
+    if max(ids) >= model.config.vocab_size:
+        raise UserError("the tokenizer in the run's folder has more entries than its model: it is another's")
     idx = torch.tensor([ids] * config.num_samples, device=next(model.parameters()).device)
     generator, rows = torch.Generator().manual_seed(config.seed), []
+    decode, shown, held = tok.backend_tokenizer.decode, ids, []
     for next_ids in generate(model, idx, config.max_new_tokens, temperature, config.top_k, config.top_p,
                              generator, "compiled" if config.compile else None):
         rows.append(next_ids)
         if len(rows) == 1:
             next_ids.tolist()                           # the prompt's pass is over
             start = time.perf_counter()
-        if config.num_samples == 1:
-            token = next_ids.item()
-            if token == tok.eos_token_id:
-                break
-            if on_token:
-                on_token(token)
+        if config.num_samples == 1 and next_ids.item() == tok.eos_token_id:
+            break
+        if stream:
+            held.append(next_ids.item())
+            new = decode(shown + held)[len(decode(shown)):]
+            if new and not new.endswith("\ufffd"):      # a character in several tokens waits to be whole
+                print(new, end="", flush=True)
+                shown, held = held, []
     new = torch.stack(rows, dim=1).tolist()             # also waits for the device
     speed = config.num_samples * (len(rows) - 1) / (time.perf_counter() - start)
     ends = [row.index(tok.eos_token_id) if tok.eos_token_id in row else len(row) for row in new]
     return [ids + row[:end] for row, end in zip(new, ends)], speed
-
-
-def encode_prompt(tok, prompt, config):
-    """<s> and the prompt as ids, the newest block_size of them: neither model was trained on more. config:
-    the model's. Raises UserError for an id that the model does not know."""
-    ids = [tok.bos_token_id, *data.encode(tok, [prompt])[0]]
-    if max(ids) >= config.vocab_size:
-        raise UserError("the tokenizer in the run's folder has more entries than its model: it is another's")
-    if len(ids) > config.block_size:
-        print(f"the prompt is {len(ids)} tokens long: the newest {config.block_size}, a context, are kept",
-              file=sys.stderr)
-    return ids[-config.block_size:]
 
 
 def find_run(config):
@@ -299,9 +277,6 @@ def find_run(config):
     name = checkpoint["config"]["model"]
     if config.model not in ("auto", name):
         raise UserError(f"{out_dir}/ckpt.pt holds a {name}, not a {config.model}: leave --model out")
-    if not (out_dir / "tokenizer").is_dir():
-        dataset = checkpoint["config"]["dataset"]
-        raise UserError(f"{out_dir}/tokenizer is missing: copy it there from data/{dataset}")
     return out_dir, checkpoint
 
 
@@ -310,32 +285,23 @@ def main(argv):
     out_dir, checkpoint = find_run(config)
     tok, device = data.load_tokenizer(str(out_dir / "tokenizer")), choose_device(config.device)
     if config.export:
-        return export(build_model(checkpoint), tok, Path(config.export))
+        return export(checkpoint["model"], tok, Path(config.export))
     if config.compile:
         fault = compile_fault(device) if device.type == "cuda" else "--compile=True needs --device=cuda"
         if fault:
             raise UserError(f"{fault}: leave --compile out")
     dtype, _ = choose_dtype(config.dtype, device)
-    model = to_dtype(build_model(checkpoint).to(device), dtype)
+    model = to_dtype(checkpoint["model"].to(device), dtype)
     facts = {"model": checkpoint["config"]["model"], "dataset": checkpoint["config"]["dataset"],
              "device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}
     if config.grid:
         return grid(model, tok, config, facts, out_dir)
-    ids = encode_prompt(tok, config.prompt, model.config)
     if config.num_samples == 1:
-        stream = TextStream(tok, ids)
-
-        def show(token):
-            print(stream.push(token), end="", flush=True)
-
         print(config.prompt, end="", flush=True)
-        rows, speed = continue_prompt(model, tok, ids, config, config.temperature, show)
-        if rows[0] == ids:              # the end of the text was drawn first: once more
-            config.seed += 1
-            rows, speed = continue_prompt(model, tok, ids, config, config.temperature, show)
+        _, speed = continue_prompt(model, tok, config.prompt, config, config.temperature, stream=True)
         print()
     else:
-        rows, speed = continue_prompt(model, tok, ids, config, config.temperature)
+        rows, speed = continue_prompt(model, tok, config.prompt, config, config.temperature)
         for i, row in enumerate(rows, 1):
             print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
     print("[{model}, {dataset}, {speed:.1f} tokens/s, {device}, {dtype}]".format(speed=speed, **facts))
@@ -347,8 +313,7 @@ def grid(model, tok, config, facts, out_dir):
     results = []
     for prompt in GRID_PROMPTS:
         for temperature in GRID_TEMPERATURES:
-            ids = encode_prompt(tok, prompt, model.config)
-            rows, speed = continue_prompt(model, tok, ids, config, temperature)
+            rows, speed = continue_prompt(model, tok, prompt, config, temperature)
             results += [{"prompt": prompt, "temperature": temperature, "text": tok.decode(row),
                          "new_tokens_per_second": round(speed, 1)} for row in rows]
             print(f"--- temperature {temperature}\n{results[-1]['text']}")
@@ -381,11 +346,7 @@ def export(model, tok, folder):
     ends = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
     facts = {"format": "pt"} if is_gpt else {"format": "pt", "residual": f"{c.residual}: if True, each layer "
                                              "as wide as its input adds this input to its output"}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tok.save_pretrained(folder)
-    except Exception as error:          # its own kind of exception, where the disk is full
-        raise UserError(f"cannot write the tokenizer to {folder} ({data.first_line(error)})") from None
+    tok.save_pretrained(folder)
     write_json(folder / "config.json", {**settings, **ends, "vocab_size": c.vocab_size, "dtype": "float32"})
     write_json(folder / "generation_config.json", {**ends, "do_sample": True})
     write_whole(folder / "model.safetensors", lambda p: save_file(tensors, p, facts))

@@ -19,7 +19,6 @@ import math
 import os
 import pickle
 import platform
-import resource
 import shutil
 import signal
 import sys
@@ -28,6 +27,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pprint import pformat
 from typing import Literal
 
 import numpy as np
@@ -40,7 +40,7 @@ from data import UserError, first_line, progress_bar
 from model_gpt import GPT, GPTConfig
 from model_lstm import LSTM, LSTMConfig
 
-FORMAT_VERSION = 7      # of the checkpoints; raised when an older one can no longer be read
+FORMAT_VERSION = 8      # of the checkpoints; raised when an older one can no longer be read
 # key: (class, config, default folder, named as the report names it)
 MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
 # Which of how many processes this is, as torchrun says. The first one writes and prints.
@@ -53,41 +53,41 @@ IS_MAIN = RANK == 0
 class TrainConfig:
     """The run."""
     model: Literal["gpt", "lstm"] = "gpt"           # which of the two
-    dataset: str = ""                   # folder under data/; empty: plwiki where prepared, else mini
-    out_dir: str = ""                   # where the results go; empty: outputs/transformer or outputs/rnn
+    dataset: str = ""                   # under data/; empty: plwiki where prepared, else mini
+    out_dir: str = ""                   # for the results; empty: outputs/transformer or outputs/rnn
     init_from: Literal["scratch", "resume"] = "scratch"     # resume: go on from out_dir/last.pt
-    recipe: Literal["tuned", "report"] = "tuned"    # report: as the report trained, see RECIPES in train.py
+    recipe: Literal["tuned", "report"] = "tuned"    # report: as the report trained, see RECIPES
     # a step
     batch_size: int = 32                # sequences per forward pass, summed over all processes
-    gradient_accumulation_steps: int = 1    # forward passes per step; a step sees the product of the two
+    gradient_accumulation_steps: int = 1    # forward passes a step; it sees the product of the two
     # budget: training ends at whichever comes first
     max_iters: int = 0                  # steps; 0: no limit
-    max_minutes: float = 120.0          # minutes, evaluations included, the final test not; 0: no limit
+    max_minutes: float = 120.0          # with evaluations, without the final test; 0: no limit
     # optimizer
-    optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # auto: muon for the GPT, else adamw
+    optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # muon for the GPT, else adamw
     learning_rate: float = 4e-3         # the highest of the schedule
     muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
-    embedding_lr_scale: float = 4.0     # the embeddings' rate, as a multiple of learning_rate; adam: 1
-    weight_decay: float = 0.1           # pull of the weights towards zero; adam: of all, else matrices only
+    embedding_lr_scale: float = 4.0     # the embeddings' rate by learning_rate; adam: always 1
+    weight_decay: float = 0.1           # pull towards zero; adam: of all weights, else of matrices
     beta1: float = 0.9                  # memory of Adam's mean of gradients
     beta2: float = 0.99                 # memory of Adam's mean of squares; 0.999 is PyTorch's
-    schedule: Literal["cosine", "constant"] = "cosine"  # cosine: to the end of max_iters, else of max_minutes
+    schedule: Literal["cosine", "constant"] = "cosine"  # over max_iters, else over max_minutes
     warmup_iters: int = 100             # steps from zero to learning_rate
     min_lr: float = None                # where the cosine ends; None: a tenth of learning_rate
     grad_clip: float = 1.0              # largest norm of the whole gradient; 0: no clipping
     # evaluation, logging and saving
     eval_interval: int = 100            # steps between evaluations on train and val
     eval_iters: int = 10                # batches of each in an evaluation, always the same ones
-    log_interval: int = 10              # steps between updates of the progress bar, with the last step's loss
-    save_minutes: float = 1.0           # minutes between saves, which a kill can lose; 0: at every step
-    wandb_log: bool = False             # log to Weights & Biases; WANDB_MODE=offline needs no account
+    log_interval: int = 10              # steps between updates of the progress bar and train/loss
+    save_minutes: float = 1.0           # between saves, so what a kill can lose; 0: every step
+    wandb_log: bool = False             # Weights & Biases; WANDB_MODE=offline needs no account
     wandb_project: str = "polish-lm"    # project name there
     wandb_run_name: str = ""            # run name there; empty: the model and the dataset
     # machine
     seed: int = 1337                    # of the start weights, the order of the data and dropout
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the matrix products
-    compile: Literal["auto", "True", "False"] = "auto"      # torch.compile, for the GPT; auto: on CUDA
+    compile: bool = None                # torch.compile, for the GPT; None: on CUDA
 
     def __post_init__(self):
         for key in "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval":
@@ -95,10 +95,6 @@ class TrainConfig:
                 raise ValueError(f"{key} must be at least 1")
         if self.beta1 >= 1 or self.beta2 >= 1:
             raise ValueError("beta1 and beta2 must be below 1")
-        if self.min_lr is not None and self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
-        if self.compile == "True" and self.model == "lstm":
-            raise ValueError("compile unrolls the LSTM's loop, longer than it saves: leave --compile out")
         if not (self.max_minutes or self.max_iters):
             raise ValueError("max_minutes 0 needs max_iters")
 
@@ -112,7 +108,7 @@ RECIPES = {"tuned": {}, "report": {
     "embedding_lr_scale": 1.0,
     "schedule": "constant", "warmup_iters": 0,
     "grad_clip": 0.0,
-    "dtype": "float32", "compile": "False",
+    "dtype": "float32", "compile": False,
     "fused_attention": False,       # GPT only
     "residual": False,              # LSTM only
 }}
@@ -157,28 +153,28 @@ class Trainer:
         # overflows is left out, see train_step. Elsewhere the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.ddp = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-        self.forward = compiled(self.ddp, config, self.device)  # after DDP, so that the exchange overlaps
+        self.forward = self.ddp
+        wanted = self.device.type == "cuda" if config.compile is None else config.compile
+        if wanted and config.model == "gpt":    # to unroll the LSTM's loop takes longer than it saves
+            fault = compile_fault(self.device)
+            if fault and IS_MAIN:
+                print(f"{fault}: the run goes on without it, somewhat slower")
+            self.forward = self.ddp if fault else torch.compile(self.ddp)   # with DDP inside, it overlaps
 
         self.best = None                # the best checkpoint, until it is on disk
-        self.trained = False            # and saved: only the final test is left
-        self.signals = []               # those that told this run to stop
+        self.interrupted = False        # this process, by a signal; self.stopping: any process
         self.health = torch.zeros(())   # of the last step: loss + norm of the gradient, finite where both are
         self.wandb_run = None
 
     def run(self):
-        """The whole run, with Ctrl-C and the like answered by request_stop."""
-        if IS_MAIN:
-            self.announce()
+        """The whole run."""
         for signum in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
             if signal.getsignal(signum) != signal.SIG_IGN:      # nohup ignores SIGHUP: so it stays
                 signal.signal(signum, self.request_stop)
-        try:
-            self.train()
-            self.finish()
-        except OSError:                 # the terminal, or the reader of `python train.py | head`, is gone
-            if not self.trained:
-                self.save()
-            raise
+        if IS_MAIN:
+            self.announce()
+        self.train()
+        self.finish()
 
     def announce(self):
         config, state = self.config, self.state
@@ -199,36 +195,34 @@ class Trainer:
         self.bar = progress_bar(total=1.0, initial=min(1.0, share_done(config, state)), desc=config.model,
                                 bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
                                 smoothing=0, disable=not IS_MAIN)
-        while True:
-            stopping = self.tick()
-            done = share_done(config, state)
-            self.bar.update(max(0.0, round(done, 3) - self.bar.n))      # no ETA from less than a thousandth
-            evaluated = state.metrics[-1]["step"] if state.metrics else -1
-            due = evaluated < state.step and (done >= 1 or state.step % config.eval_interval == 0)
-            # a stopped run leaves it to the resumed one; but finish needs a checkpoint, so the first is made
-            if evaluated < 0 or due and not stopping:
-                self.evaluate_and_log()
-            if stopping or done >= 1:
-                break
+        if not state.metrics:
+            self.evaluate_and_log()     # so that there is a best checkpoint, whatever comes
+        while self.goes_on():
+            # no ETA from less than a thousandth
+            self.bar.update(max(0.0, round(share_done(config, state), 3) - self.bar.n))
             if time.perf_counter() - saved_at >= 60 * config.save_minutes:
                 self.save()
                 saved_at = time.perf_counter()
-            if state.step % config.log_interval == 0 and state.step > self.mark_step:
-                self.log()
             self.train_step()
+            if state.step % config.log_interval == 0:
+                self.log()
+            if state.step % config.eval_interval == 0:
+                self.evaluate_and_log()
+        if state.metrics[-1]["step"] < state.step and not self.stopping:    # else the resumed run does it
+            self.evaluate_and_log()
         self.save()
-        self.trained = True
         self.bar.close()
 
-    def tick(self):
-        """Move the clock on -> is this run to stop? Every process must decide alike, so they share both."""
+    def goes_on(self):
+        """Move the clock on -> is there another step? All processes must decide alike, so they share both."""
         now = time.perf_counter()
         minutes = self.state.minutes + (now - self.clock) / 60
-        shared, self.clock = torch.tensor([minutes, len(self.signals)], dtype=torch.float64), now
+        shared = torch.tensor([minutes, self.interrupted], dtype=torch.float64)
         if WORLD_SIZE > 1:
             dist.all_reduce(shared, dist.ReduceOp.MAX)
-        self.state.minutes, signals = shared.tolist()
-        return signals > 0
+        self.clock = now
+        self.state.minutes, self.stopping = shared.tolist()
+        return not self.stopping and share_done(self.config, self.state) < 1
 
     def train_step(self):
         """Forward and backward over the batches of one step, clip, update. Which batches, and what dropout
@@ -251,9 +245,7 @@ class Trainer:
             self.loss += loss.detach() / n
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-        if config.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.grad_clip, norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
         # one verdict on an overflow in float16: the scaler would give each optimizer its own
         overflow = self.scaler.is_enabled() and not norm.isfinite()
         for optimizer in self.optimizers:
@@ -262,20 +254,16 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         state.step += 1
-        # in float16 the scaler sees to a norm that is not finite
-        self.health = self.loss if self.scaler.is_enabled() else self.loss + norm
+        self.health = self.loss if overflow else self.loss + norm
 
     def check_finite(self, *losses):
         """Raises UserError where the last step, or one of these losses, is not finite: its weights are never
         saved. Steps before need no look: once weights are not finite, no loss is. Forces a host sync."""
-        if all(map(math.isfinite, (self.health.item(), *losses))):
-            return
-        if self.best:                   # from before, not yet on disk
-            write_whole(self.out_dir / "ckpt.pt", lambda p: torch.save(self.best, p))
-        raise UserError(f"step {self.state.step}: the loss or its gradient is no longer finite. The learning "
-                        f"rate is too high: try --learning_rate={self.config.learning_rate / 3:.1g} "
-                        "(and a lower --muon_learning_rate, where that is set). "
-                        f"{self.out_dir} holds the weights from before")
+        if not all(map(math.isfinite, (self.health.item(), *losses))):
+            raise UserError(
+                f"step {self.state.step}: the loss or its gradient is no longer finite. The learning rate is "
+                f"too high: try --learning_rate={self.config.learning_rate / 3:.1g} (and a lower "
+                f"--muon_learning_rate, where that is set). {self.out_dir} holds the last save")
 
     def evaluate_and_log(self):
         """Measure train and val loss, always on the same windows, spread over each split; keep the best."""
@@ -359,9 +347,9 @@ class Trainer:
     def restore(self, saved):
         """Go on from last.pt, as load_checkpoint gives it. Raises UserError where the rest does not fit."""
         try:
-            self.model.load_state_dict(saved["model"])
+            self.model.load_state_dict(saved["model"].state_dict())
             for optimizer, before in zip(self.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(copy.deepcopy(before))        # a copy: no longer of the file
+                optimizer.load_state_dict(before)
             if saved["scaler"]:
                 self.scaler.load_state_dict(saved["scaler"])
         except Exception as error:
@@ -371,15 +359,14 @@ class Trainer:
     def finish(self):
         """Score the best checkpoint on the whole test split, and write results.json, the last file."""
         state, tokens = self.state, self.state.step * self.tokens_per_step
+        if WORLD_SIZE > 1:
+            dist.barrier()              # the first process has written it
+        best = load_checkpoint(self.out_dir / "ckpt.pt")
+        row = best["state"].metrics[-1]
+        self.model.load_state_dict(best["model"].state_dict())
         if IS_MAIN:
-            best = load_checkpoint(self.out_dir / "ckpt.pt")
-            row = best["state"].metrics[-1]
-            self.model.load_state_dict(best["model"])
             may_fail("the picture", lambda: plot_curves(self, row))
             print(f"the best checkpoint, of step {row['step']}, on the whole test split:")
-        if WORLD_SIZE > 1:
-            for p in self.model.parameters():
-                dist.broadcast(p.data, 0)
         by_position = self.evaluate("test", np.arange(self.n_windows["test"]), progress=IS_MAIN)
         if IS_MAIN:
             loss, test = by_position.mean().item(), self.facts["test"]
@@ -399,7 +386,7 @@ class Trainer:
             write_json(self.out_dir / "results.json", results)
             print(f"test loss {loss:.4f}, perplexity {perplexity(loss):.2f}, "
                   f"{results['test_bits_per_character']:.3f} bits per character; "
-                  f"now try: python sample.py {key_of_folder(self.out_dir)}")
+                  f"now try: python sample.py --out_dir={self.out_dir}")
             if self.wandb_run:
                 may_fail("wandb", lambda: self.wandb_run.summary.update(
                     {k: v for k, v in results.items() if k not in ("config", "test_loss_by_position")}))
@@ -408,12 +395,12 @@ class Trainer:
     def start_wandb(self):
         """Log to Weights & Biases from now on; a resumed run goes on in its run there."""
         import wandb
-        config, run_id = self.config, self.state.wandb_id or None
+        config = self.config
         settings = {**asdict(config), **asdict(self.model.config), "device": device_name(self.device),
                     "dtype": str(self.dtype).removeprefix("torch.")}
-        self.wandb_run = wandb.init(project=config.wandb_project, config=settings, id=run_id,
+        self.wandb_run = wandb.init(project=config.wandb_project, config=settings, dir=config.out_dir,
                                     name=config.wandb_run_name or f"{config.model}-{config.dataset}",
-                                    resume="allow" if run_id else None, dir=config.out_dir)
+                                    id=self.state.wandb_id or None, resume="allow")     # None: a new one
         self.state.wandb_id = self.wandb_run.id
 
     def log_wandb(self, values):
@@ -422,13 +409,12 @@ class Trainer:
 
     def request_stop(self, signum, frame):
         """The first Ctrl-C or SIGTERM finishes the step, saves and scores; Ctrl-C then ends at once."""
-        self.signals.append(signum)
+        self.interrupted = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if IS_MAIN:
             with suppress(OSError):     # not print: a signal can come in the midst of one
-                doing = b"the run is saved, the final test goes on" if self.trained else \
-                        b"stopping: this step, then a save and the final test"
-                os.write(2, b"\n" + doing + b"; now Ctrl-C ends at once and loses nothing saved\n")
+                os.write(2, b"\nstopping after this step; a save and the final test follow. "
+                            b"Now Ctrl-C ends at once and loses nothing saved\n")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -534,19 +520,6 @@ def perplexity(loss):
     return math.exp(min(loss, 100.0))
 
 
-def compiled(model, config, device):
-    """model through torch.compile, where wanted and possible."""
-    wanted = config.compile == "True" or config.compile == "auto" and device.type == "cuda"
-    if config.model == "lstm" or not wanted:
-        return model
-    fault = compile_fault(device)
-    if fault and config.compile == "True":
-        raise UserError(f"{fault}: leave --compile out")
-    if fault and IS_MAIN:
-        print(f"{fault}: the run goes on without it, somewhat slower")
-    return model if fault else torch.compile(model)
-
-
 def compile_fault(device):
     """Why torch.compile, which needs a C compiler and Python's headers, does not work here; "": it does."""
     try:
@@ -604,24 +577,21 @@ def choose_device(name="auto"):
     name = devices_present()[0] if name == "auto" else name
     if name not in devices_present():
         raise UserError(f"--device={name}: there is none here; use --device=cpu")
-    if name != "cuda":
-        keep_freed_memory()
-        return torch.device(name)
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    if rank >= torch.cuda.device_count():
-        raise UserError("torchrun started more processes than there are GPUs: lower --nproc_per_node")
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))     # torchrun's
+    if name == "cpu":
+        # By default each large tensor goes back to Linux, which zeroes its pages again for the next: a fifth
+        # to a third of a training step. So malloc, where it can be told, keeps what it frees.
+        with suppress(AttributeError, OSError, TypeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0)      # M_MMAP_MAX: no tensor in a mapping of its own
+            mallopt(-1, -1)     # M_TRIM_THRESHOLD: never trim
+    return torch.device(name)
 
 
 def choose_dtype(name, device, model=None):
     """-> the torch.dtype of the matrix products, and why. model: the one to train; None: to generate. Raises
-    UserError for int8 elsewhere than on a CPU.
-
-    cuda: bfloat16 from Ampere on, else float16; float16 to train the LSTM, see cudnn_recurrence. cpu:
-    bfloat16 where the processor multiplies it (AVX512-BF16, AMX); elsewhere it would be emulated, slower than
-    float32. mps: float32 to train, float16 to generate.
-    """
+    UserError for int8 elsewhere than on a CPU."""
     if name == "int8" and device.type != "cpu":
         raise UserError("--dtype=int8 needs --device=cpu: leave --dtype out")
     if name != "auto":
@@ -643,21 +613,9 @@ def set_matmul_precision(dtype):
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 
 
-def keep_freed_memory():
-    """On Linux, let malloc keep what it frees. By default each large tensor goes back to the kernel, which
-    zeroes its pages again for the next: a fifth to a third of a training step on a CPU."""
-    with suppress(AttributeError, OSError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)      # M_MMAP_MAX: no tensor in a mapping of its own
-        mallopt(-1, -1)     # M_TRIM_THRESHOLD: never trim
-
-
 def peak_memory_gb(device):
-    """The most memory so far, in GB: what PyTorch held of the GPU's, else this process of the machine's."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+    """The most memory that PyTorch has held of a GPU, in GB; None elsewhere."""
+    return round(torch.cuda.max_memory_allocated(device) / 1e9, 2) if device.type == "cuda" else None
 
 
 def device_name(device):
@@ -692,64 +650,37 @@ def write_json(path, value):
     write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-class NoStartWeights(torch.overrides.TorchFunctionMode):
-    """Skips nn.init.normal_: on the meta device it would draw nothing, and yet import torch.compile's
-    machinery, which takes two seconds."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return None if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
-
-
-def shapes(tensors):
-    """{name: tensor} -> {name: all that must be the same for one tensor to be copied to the other}"""
-    return {k: (v.shape, v.dtype, v.layout) for k, v in tensors.items()}
-
-
-def key_of_folder(out_dir):
-    """The key by which sample.py and train.py find a run's folder."""
-    models = {Path(folder): name for name, (_, _, folder) in MODELS.items()}
-    return f"--model={models[out_dir]}" if out_dir in models else f"--out_dir={out_dir}"
-
-
 def load_checkpoint(path):
-    """The dict that Trainer.save wrote to path, on the CPU, its state as a State. Raises UserError where it
-    is missing or not one of ours: it may come from a stranger, so it must not run code, and all that the
-    weights are copied to is held against the configuration before anything is built from it."""
+    """The dict that Trainer.save wrote to path, its state as a State, with its model built, in eval mode.
+
+    Raises UserError where it is missing or not one of ours: it may come from a stranger, so it must not run
+    code, nor take more memory than the file has bytes.
+    """
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: run `python train.py {key_of_folder(path.parent)}` first")
+        raise UserError(f"no checkpoint at {path}: run `python train.py --out_dir={path.parent}` first")
     try:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:      # compressed, which torch.save's is not, it could be huge
             if any(entry.compress_type or entry.file_size > size for entry in archive.infolist()):
                 raise ValueError("it is compressed")
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"of another version of this project, not of format {FORMAT_VERSION}")
-        model_class, config_class, _ = MODELS[saved["config"]["model"]]
-        model_config = data.configure(config_class, saved["model_config"])
+        weights = saved["model"].values()
+        if sum(w.nbytes for w in weights) > size or any(w.dtype != torch.float32 for w in weights):
+            raise ValueError("its weights are not those that were saved")
         saved["config"] = asdict(data.configure(TrainConfig, saved["config"]))
-        saved["model_config"] = asdict(model_config)
         saved["state"] = data.configure(State, saved["state"])
-        with torch.device("meta"), NoStartWeights():
-            expected = model_class(model_config).state_dict()
-        if shapes(saved["model"]) != shapes(expected) or not all(v.is_cpu for v in saved["model"].values()):
-            raise ValueError("its weights are not those of its configuration")
-        if sum(v.nbytes for v in expected.values()) > size:
-            raise ValueError("it is smaller than its weights")
+        model_class, config_class, _ = MODELS[saved["config"]["model"]]
+        with torch.device("meta"):                  # without memory: it is given that of the weights
+            model = model_class(data.configure(config_class, saved["model_config"]))
+        model.load_state_dict(saved["model"], assign=True)
+        if not all(w.isfinite().all() for w in weights):
+            raise ValueError("it has weights that are not finite")
     except Exception as error:      # a damaged file can raise anything
         why = "it holds code" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise UserError(f"{path} is damaged or no checkpoint of this project ({why})") from None
-    return saved
-
-
-def build_model(checkpoint):
-    """The model of a checkpoint, in eval mode. Raises UserError where its weights are not finite."""
-    model_class, config_class, _ = MODELS[checkpoint["config"]["model"]]
-    model = model_class(config_class(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["model"])
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError("the checkpoint has weights that are not finite: train with a lower --learning_rate")
-    return model.eval()
+    return {**saved, "model": model.eval()}
 
 
 def lock_folder(out_dir):
@@ -791,16 +722,6 @@ def new_run(keys):
     return [mini, RECIPES[keys.get("recipe", "tuned")], keys, {"dataset": dataset}]
 
 
-def resumed_run(saved, keys, out_dir):
-    """The layers that go on with the saved run. Raises UserError for a key that would make it another run."""
-    before = {**saved["model_config"], **saved["config"]}
-    for key in sorted(keys.keys() - MAY_CHANGE, key=lambda key: key != "model"):
-        if keys[key] != before.get(key):
-            raise UserError(f"the run in {out_dir} has --{key}={before.get(key)}, not {keys[key]}: leave it "
-                            "out, or start another run with another --out_dir")
-    return [before, keys]
-
-
 def check_sizes(config, model_config, splits):
     """Raises UserError where the data is too small for a step, before any memory is taken for the model."""
     n_windows = {split: data.count_windows(t, model_config.block_size) for split, t in splits.items()}
@@ -813,11 +734,10 @@ def check_sizes(config, model_config, splits):
 
 
 def main(argv):
-    keys = data.parse_args(argv, __doc__, TrainConfig, GPTConfig, LSTMConfig,
-                           elsewhere={k: f"mini: {v}" for k, v in MINI.items()})
+    others = {"mini": MINI, "--recipe=report": RECIPES["report"]}       # defaults in these two cases
+    keys = data.parse_args(argv, f"{__doc__}\n{pformat(others, width=100, sort_dicts=False)}\n",
+                           TrainConfig, GPTConfig, LSTMConfig)
     out_dir = Path(keys.get("out_dir") or MODELS[keys.get("model", "gpt")][2])
-    if keys.get("init_from") == "resume" and not out_dir.exists():
-        load_checkpoint(out_dir / "last.pt")        # says that there is none, before a lock is left there
     with lock_folder(out_dir) if IS_MAIN else nullcontext():
         start(keys, out_dir)
 
@@ -827,15 +747,17 @@ def start(keys, out_dir):
     saved = load_checkpoint(out_dir / "last.pt") if keys.get("init_from") == "resume" else None
     name = keys.get("model", saved["config"]["model"] if saved else "gpt")
     model_class, config_class, _ = MODELS[name]
+    before = {**vars(saved["model"].config), **saved["config"]} if saved else {}
     for key in keys:
         if key not in vars(TrainConfig()) and key not in vars(config_class()):
             raise UserError(f"unknown key --{key} for the {name} (see --help)")
-    layers = resumed_run(saved, keys, out_dir) if saved else new_run(keys)
+        if saved and key not in MAY_CHANGE and keys[key] != before.get(key):
+            raise UserError(f"the run in {out_dir} has --{key}={before.get(key)}, not {keys[key]}: leave it "
+                            "out, or start another run with another --out_dir")
+    layers = [before, keys] if saved else new_run(keys)
     config = data.configure(TrainConfig, *layers, {"out_dir": str(out_dir)})
 
     device = choose_device(config.device)
-    if WORLD_SIZE > 1 and device.type == "mps":
-        raise UserError("torchrun works with cuda and cpu: --device=cpu")
     if WORLD_SIZE > 1:      # gloo for what is on the CPU: the clock of a step need not wait for the GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if config.dataset == "mini" and not Path("data/mini/meta.json").exists() and IS_MAIN:
@@ -854,16 +776,9 @@ def start(keys, out_dir):
     trainer = Trainer(config, model_class(model_config).to(device), splits, meta["splits"])
     if saved:
         trainer.restore(saved)
-        state = trainer.state       # ckpt.pt can be newer: a run that diverges saves its best weights alone
-        state.best_val = load_checkpoint(out_dir / "ckpt.pt")["state"].best_val
-        if share_done(config, state) >= 1 and (out_dir / "results.json").exists():
-            if IS_MAIN:
-                print(f"the run in {out_dir} is finished: {state.step} steps, {state.minutes:.1f} minutes. "
-                      "--max_iters or --max_minutes above that go on with it")
-            return
     elif IS_MAIN:
         new_folder(out_dir, trainer.model.summary(), data.dataset_folder(config.dataset) / "tokenizer")
-    del saved           # a file stays open as long as its contents are held
+    del saved           # and its memory
     trainer.run()
     if WORLD_SIZE > 1:
         dist.barrier()  # together: else the last to leave can wait for ever
