@@ -156,7 +156,8 @@ def bench_training(name, device, config):
     """Yield one row per change, from the report's recipe to the tuned one, as in bench_training.json."""
     first = None
     for label, model_class, sizes, keys in CHANGES[name]:
-        if device.type != "cuda" and label.startswith(("torch.compile", "cuDNN")):
+        if label.startswith(("torch.compile", "cuDNN")) and device.type != "cuda" or \
+                label == "torch.compile" and compile_fault(device):
             continue
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

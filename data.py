@@ -198,10 +198,10 @@ def read_documents(path, quality, left_out):
     left_out what it leaves out.
 
     JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be missing.
-    Raises UserError, which names the line, for anything else.
+    Raises UserError, which names the line, for others, and for a file in another format or encoding.
     """
     import zstandard
-    path, n, line, found = Path(path), 0, "", False
+    path, found = Path(path), False
     file, size = open(path, "rb"), path.stat().st_size
     unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
     stream = io.TextIOWrapper(unpacked if path.suffix == ".zst" else file, encoding="utf-8-sig", newline="")
@@ -223,10 +223,12 @@ def read_documents(path, quality, left_out):
                 else:
                     found = True
                     yield text.encode("utf-8", "replace").decode()      # JSON can spell half a character
+        except zstandard.ZstdError as error:
+            raise UserError(f"{path} is not a zstd file, or a damaged one ({error})") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 ({error.reason}): if it is in cp1250, say, convert it by "
                             f"`iconv -f cp1250 -t utf-8 {path} > NEW`") from None
-        except (zstandard.ZstdError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as why:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as why:
             raise UserError(f'{path}, line {n}: not {{"text": "...", "meta": {{...}}}} but '
                             f"{line[:60].strip()} ({why})") from None
     if not found:
@@ -474,8 +476,10 @@ def run(main):
         os._exit(141)       # as the shell reports a program that SIGPIPE ended
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    except (MemoryError, torch.OutOfMemoryError):
-        sys.exit("error: out of memory: lower --batch_size, --block_size or --num_samples")
+    except Exception as error:      # of too little memory, or a full disk, for which libraries have no class
+        if not (isinstance(error, MemoryError) or re.search("memory|overflowed|os error", str(error))):
+            raise
+        sys.exit(f"error: {first_line(error)}: lower --batch_size or --num_samples, or free space on the disk")
 
 
 def main(argv):

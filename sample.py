@@ -1,14 +1,13 @@
 """Generate text from a trained model: checkpoint + prompt -> text, streamed as it is made.
 
     python sample.py --temperature=1.0                          # the newest checkpoint
-    python sample.py --model=lstm --prompt="Dawno temu" --num_samples=3
+    python sample.py --model=lstm --prompt="W nocy" --num_samples=3
     python sample.py --grid=True            # all prompts x temperatures 0.5, 1.0, 1.5 -> a JSON file
     python sample.py --export=FOLDER        # weights, configuration and tokenizer for use elsewhere
     python sample.py --help
 
 Owns the generation loop, which bench.py times as it is. Reads out_dir alone, never data/.
 """
-import sys
 import time
 import timeit
 import warnings
@@ -277,6 +276,8 @@ def find_run(config):
     name = checkpoint["config"]["model"]
     if config.model not in ("auto", name):
         raise UserError(f"{out_dir}/ckpt.pt holds a {name}, not a {config.model}: leave --model out")
+    if not (out_dir / "tokenizer").is_dir():
+        raise UserError(f"{out_dir}/tokenizer is missing: copy it there from the folder of its dataset")
     return out_dir, checkpoint
 
 

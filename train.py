@@ -21,7 +21,6 @@ import pickle
 import platform
 import shutil
 import signal
-import sys
 import time
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
@@ -67,7 +66,7 @@ class TrainConfig:
     optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # muon for the GPT, else adamw
     learning_rate: float = 4e-3         # the highest of the schedule
     muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
-    embedding_lr_scale: float = 4.0     # the embeddings' rate by learning_rate; adam: always 1
+    embedding_lr_scale: float = 4.0     # the embeddings' rate: so many times learning_rate; adam: 1
     weight_decay: float = 0.1           # pull towards zero; adam: of all weights, else of matrices
     beta1: float = 0.9                  # memory of Adam's mean of gradients
     beta2: float = 0.99                 # memory of Adam's mean of squares; 0.999 is PyTorch's
@@ -168,11 +167,11 @@ class Trainer:
 
     def run(self):
         """The whole run."""
+        if IS_MAIN:
+            self.announce()
         for signum in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
             if signal.getsignal(signum) != signal.SIG_IGN:      # nohup ignores SIGHUP: so it stays
                 signal.signal(signum, self.request_stop)
-        if IS_MAIN:
-            self.announce()
         self.train()
         self.finish()
 
@@ -200,15 +199,15 @@ class Trainer:
         while self.goes_on():
             # no ETA from less than a thousandth
             self.bar.update(max(0.0, round(share_done(config, state), 3) - self.bar.n))
+            if state.step % config.eval_interval == 0 and state.step > state.metrics[-1]["step"]:
+                self.evaluate_and_log()
             if time.perf_counter() - saved_at >= 60 * config.save_minutes:
                 self.save()
                 saved_at = time.perf_counter()
             self.train_step()
             if state.step % config.log_interval == 0:
                 self.log()
-            if state.step % config.eval_interval == 0:
-                self.evaluate_and_log()
-        if state.metrics[-1]["step"] < state.step and not self.stopping:    # else the resumed run does it
+        if state.step > state.metrics[-1]["step"] and not self.stopping:    # else the resumed run does it
             self.evaluate_and_log()
         self.save()
         self.bar.close()
@@ -359,14 +358,15 @@ class Trainer:
     def finish(self):
         """Score the best checkpoint on the whole test split, and write results.json, the last file."""
         state, tokens = self.state, self.state.step * self.tokens_per_step
-        if WORLD_SIZE > 1:
-            dist.barrier()              # the first process has written it
-        best = load_checkpoint(self.out_dir / "ckpt.pt")
-        row = best["state"].metrics[-1]
-        self.model.load_state_dict(best["model"].state_dict())
         if IS_MAIN:
+            best = load_checkpoint(self.out_dir / "ckpt.pt")
+            row = best["state"].metrics[-1]
+            self.model.load_state_dict(best["model"].state_dict())
             may_fail("the picture", lambda: plot_curves(self, row))
             print(f"the best checkpoint, of step {row['step']}, on the whole test split:")
+        if WORLD_SIZE > 1:
+            for p in self.model.parameters():
+                dist.broadcast(p.data, 0)
         by_position = self.evaluate("test", np.arange(self.n_windows["test"]), progress=IS_MAIN)
         if IS_MAIN:
             loss, test = by_position.mean().item(), self.facts["test"]
@@ -657,11 +657,14 @@ def load_checkpoint(path):
     code, nor take more memory than the file has bytes.
     """
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: run `python train.py --out_dir={path.parent}` first")
+        keys = {Path(folder): f"--model={name}" for name, (_, _, folder) in MODELS.items()}
+        key = keys.get(path.parent, f"--out_dir={path.parent}")
+        raise UserError(f"no checkpoint at {path}: run `python train.py {key}` first")
     try:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:      # compressed, which torch.save's is not, it could be huge
-            if any(entry.compress_type or entry.file_size > size for entry in archive.infolist()):
+            entries = archive.infolist()
+            if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > size:
                 raise ValueError("it is compressed")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format_version") != FORMAT_VERSION:
@@ -734,8 +737,8 @@ def check_sizes(config, model_config, splits):
 
 
 def main(argv):
-    others = {"mini": MINI, "--recipe=report": RECIPES["report"]}       # defaults in these two cases
-    keys = data.parse_args(argv, f"{__doc__}\n{pformat(others, width=100, sort_dicts=False)}\n",
+    others = pformat({"mini": MINI, "--recipe=report": RECIPES["report"]}, width=100, sort_dicts=False)
+    keys = data.parse_args(argv, f"{__doc__}\nOther defaults than those below:\n{others}\n",
                            TrainConfig, GPTConfig, LSTMConfig)
     out_dir = Path(keys.get("out_dir") or MODELS[keys.get("model", "gpt")][2])
     with lock_folder(out_dir) if IS_MAIN else nullcontext():
@@ -776,6 +779,8 @@ def start(keys, out_dir):
     trainer = Trainer(config, model_class(model_config).to(device), splits, meta["splits"])
     if saved:
         trainer.restore(saved)
+        # a kill between two writes leaves a ckpt.pt that is newer
+        trainer.state.best_val = load_checkpoint(out_dir / "ckpt.pt")["state"].best_val
     elif IS_MAIN:
         new_folder(out_dir, trainer.model.summary(), data.dataset_folder(config.dataset) / "tokenizer")
     del saved           # and its memory
