@@ -479,7 +479,7 @@ def run(main):
     except Exception as error:      # of too little memory, or a full disk, for which libraries have no class
         if not (isinstance(error, MemoryError) or re.search("memory|overflowed|os error", str(error))):
             raise
-        sys.exit(f"error: {first_line(error)}: lower --batch_size or --num_samples, or free space on the disk")
+        sys.exit(f"error: {first_line(error)}: lower --batch_size or --num_samples, or free space on disk")
 
 
 def main(argv):
