@@ -36,7 +36,7 @@ class SampleConfig:
     """What to generate."""
     model: Literal["auto", "gpt", "lstm"] = "auto"  # auto: the one with the newest checkpoint
     out_dir: str = ""               # folder of ckpt.pt; empty: outputs/transformer or outputs/rnn
-    prompt: str = "Dawno temu"      # text to continue
+    prompt: str = "W 1920 roku"     # text to continue
     temperature: float = 1.0        # below 1 safer, above wilder; 0: always the likeliest
     top_k: int = 0                  # draw among the k likeliest tokens only; 0: all
     top_p: float = 1.0              # draw among the likeliest that together reach this; 1: all

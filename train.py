@@ -650,6 +650,14 @@ def write_json(path, value):
     write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+class NoStartWeights(torch.overrides.TorchFunctionMode):
+    """Skips nn.init.normal_: on the meta device it draws nothing, and yet imports torch.compile's machinery,
+    which takes two seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
+
+
 def load_checkpoint(path):
     """The dict that Trainer.save wrote to path, its state as a State, with its model built, in eval mode.
 
@@ -675,7 +683,7 @@ def load_checkpoint(path):
         saved["config"] = asdict(data.configure(TrainConfig, saved["config"]))
         saved["state"] = data.configure(State, saved["state"])
         model_class, config_class, _ = MODELS[saved["config"]["model"]]
-        with torch.device("meta"):                  # without memory: it is given that of the weights
+        with torch.device("meta"), NoStartWeights():    # without memory: it is given that of the weights
             model = model_class(data.configure(config_class, saved["model_config"]))
         model.load_state_dict(saved["model"], assign=True)
         if not all(w.isfinite().all() for w in weights):
