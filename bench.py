@@ -156,8 +156,9 @@ def bench_training(name, device, config):
     """Yield one row per change, from the report's recipe to the tuned one, as in bench_training.json."""
     first = None
     for label, model_class, sizes, keys in CHANGES[name]:
-        if label.startswith(("torch.compile", "cuDNN")) and device.type != "cuda" or \
-                label == "torch.compile" and compile_fault(device):
+        if label.startswith(("torch.compile", "cuDNN")) and device.type != "cuda":
+            continue
+        if label == "torch.compile" and compile_fault(device):
             continue
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
