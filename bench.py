@@ -32,7 +32,7 @@ from model_gpt import GPT
 from model_lstm import LSTM
 from sample import generate, to_dtype
 from train import MODELS, RECIPES, TrainConfig, Trainer, choose_device, choose_dtype, compile_fault, \
-    device_name, devices_present, peak_memory_gb, picture, write_json
+    device_name, devices_present, peak_memory_gb, picture, set_matmul_precision, write_json
 
 PROMPT_TOKENS = 8
 # Dense bfloat16 rates in TFLOP/s, of NVIDIA's data sheets (SXM, where there is one). Training rows name the
@@ -87,7 +87,9 @@ def bench_generation(name, device, config):
         model = model_class(config_class()).to(device).eval()
         # what one token must read: all weights but the embedding tables, of which it reads a row
         n_weights = sum(p.numel() for k, p in model.named_parameters() if not k.startswith(("wte", "wpe")))
-        first, per_token = token_seconds(to_dtype(model, dtype), prompt, config, mode)
+        set_matmul_precision(dtype)
+        model = model if mode == "naive" else to_dtype(model, dtype)    # naive: as it is trained
+        first, per_token = token_seconds(model, prompt, config, mode)
         del model                                       # before the next is built: two may not fit
         speed = config.batch_size / per_token
         naive = naive or speed

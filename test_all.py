@@ -507,6 +507,17 @@ def test_a_half_precision_row_is_multiplied_alike_by_every_kernel(name, dtype, m
         assert torch.backends.mkldnn.enabled
 
 
+@BOTH
+def test_tiles_multiply_as_the_matrices_they_are_cut_from(name):
+    plain, ours = make(name), sample.to_dtype(make(name), torch.float32)
+    assert sum(isinstance(w, sample.TiledWeight) for m in ours.modules() for w in vars(m).values()) > 5
+    for batch in 1, 3:
+        states = plain.init_state(batch), ours.init_state(batch)
+        for n in 5, 1, 1:
+            (expected, _), (got, _) = (m.step(tokens(batch, n), s) for m, s in zip((plain, ours), states))
+            assert close([got], [expected], 1e-4)
+
+
 def test_what_each_dtype_means_for_a_device():
     refuses("needs --device=cpu", train.choose_dtype, "int8", torch.device("cuda"))
     assert train.choose_dtype("auto", torch.device("mps"))[0] == torch.float16
