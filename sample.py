@@ -156,14 +156,15 @@ def capture(function):
 
 class Weight:
     """Stands in a model where a float matrix (N, K) stood: PyTorch hands F.linear to any argument that has
-    __torch_function__, so model.step need not know. Each kind has linear(x (..., K), bias) -> (..., N)."""
+    __torch_function__, so model.step need not know. Each kind has times(x (..., K)) -> x w^T (..., N)."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is not F.linear or kwargs:
             raise TypeError(f"this weight can do no more than F.linear, not {function}")
-        x, weight, *bias = args
-        return weight.linear(x, *bias)
+        x, weight, bias = (*args, None)[:3]         # the bias can be missing
+        y = weight.times(x)
+        return y if bias is None else y + bias
 
 
 class TiledWeight(Weight):
@@ -172,10 +173,6 @@ class TiledWeight(Weight):
     def __init__(self, w):
         self.times = multiplier(w.detach(), 1)
 
-    def linear(self, x, bias=None):
-        y = self.times(x)
-        return y if bias is None else y + bias
-
 
 class HalfWeight(Weight):
     """bfloat16 or float16 on a CPU: a single row is multiplied by the kernel that is the fastest here."""
@@ -183,11 +180,10 @@ class HalfWeight(Weight):
     def __init__(self, w):
         self.w = w.detach()
 
-    def linear(self, x, bias=None):
+    def times(self, x):
         if x.numel() > x.size(-1):
-            return F.linear(x, self.w, bias)
-        y = fastest_row_kernel(self.w.dtype)(self.w, x.flatten()).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
+            return F.linear(x, self.w)
+        return fastest_row_kernel(self.w.dtype)(self.w, x.flatten()).view(*x.shape[:-1], -1)
 
 
 def linear_without_onednn(w, x):
@@ -225,9 +221,8 @@ class Int8Weight(Weight):
             q = torch.quantize_per_channel(w, scale.double(), zero, axis=0, dtype=torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(q, None)
 
-    def linear(self, x, bias=None):     # reduce_range: 7 bits for x; 8 overflow where a CPU lacks VNNI
-        y = torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
-        return y if bias is None else y + bias
+    def times(self, x):     # reduce_range: 7 bits for x; 8 overflow where a CPU lacks VNNI
+        return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
 
 
 def to_dtype(model, dtype):
