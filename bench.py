@@ -88,7 +88,8 @@ def bench_generation(name, device, config):
         # what one token must read: all weights but the embedding tables, of which it reads a row
         n_weights = sum(p.numel() for k, p in model.named_parameters() if not k.startswith(("wte", "wpe")))
         set_matmul_precision(dtype)
-        model = model if mode == "naive" else to_dtype(model, dtype)    # naive: as it is trained
+        if mode != "naive":             # which is the model as it is trained, in float32
+            to_dtype(model, dtype)
         first, per_token = token_seconds(model, prompt, config, mode)
         del model                                       # before the next is built: two may not fit
         speed = config.batch_size / per_token
