@@ -247,16 +247,13 @@ def reachable(url):
 def fetch_plwiki(folder):
     """Download SpeakLeash's plwiki (870 MB) into folder, once -> the path of its .jsonl.zst, or UserError."""
     from speakleash import Speakleash
-    instead = "pass --source=FILE with a copy of plwiki.jsonl.zst, or use --dataset=mini"
-    if not reachable(Speakleash.get_url("pl")):
-        raise UserError(f"SpeakLeash cannot be reached: {instead}")
-    try:
-        whole, path = Speakleash(str(folder)).get("plwiki").check_file()
-    except (OSError, AttributeError):       # of requests; get gave None
-        whole = False
-    if not whole:
-        raise UserError(f"SpeakLeash gave no whole plwiki: run again, or {instead}")
-    return path
+    with suppress(OSError, AttributeError):     # of requests; get gave None
+        if reachable(Speakleash.get_url("pl")):
+            whole, path = Speakleash(str(folder)).get("plwiki").check_file()
+            if whole:
+                return path
+    raise UserError("SpeakLeash cannot be reached, or gave no whole plwiki: run again, pass --source=FILE "
+                    "with a copy of plwiki.jsonl.zst, or use --dataset=mini")
 
 
 # ----------------------------------------------------------------------------------------------------
