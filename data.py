@@ -429,12 +429,10 @@ def parse_args(argv, doc, *configs):
         values, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"{error} (see --help)".removeprefix("argument ")) from None
-    for text in unknown:
-        if not text.startswith("--"):
-            raise UserError(f"{text!r} is not of the form --key=value (see --help)")
-        key = text.partition("=")[0]
-        near = difflib.get_close_matches(key.removeprefix("--"), kinds, 1)
-        raise UserError(f"unknown key {key}" + (f", did you mean --{near[0]}?" if near else " (see --help)"))
+    if unknown:
+        key = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(key, [f"--{known}" for known in kinds], 1)
+        raise UserError(f"unknown key {key}" + (f", did you mean {near[0]}?" if near else " (see --help)"))
     return vars(values)
 
 

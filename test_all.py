@@ -897,7 +897,7 @@ MISTAKES = [
     ("train", "--learning=1e-3", "unknown key --learning,"),
     ("train", "--two\nlines=1", "unknown key --two lines"),
     ("train", "--n_head=4 --model=lstm", "unknown key --n_head"),
-    ("train", "batch_size=3", "--key=value"),
+    ("train", "batch_size=3", "did you mean --batch_size?"),
     ("train", "--batch_size", "--batch_size"),
     ("train", "--batch_size=2.5", "--batch_size"),
     ("train", "--batch_size=0", "batch_size must be at least 1"),
