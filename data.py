@@ -106,9 +106,10 @@ def prepare(config):
         else:
             parts = parts_of_documents(documents(), config.seed)
         splits = write_splits(parts, tok, new)
+        vocab_size = 1 + max(tok.get_vocab().values())      # more than len(tok) where ids are skipped
         meta = {"format_version": FORMAT_VERSION, "dataset": config.dataset, "quality": config.quality,
                 "source": source or config.dataset, "seed": config.seed, "tokenizer": config.tokenizer,
-                "vocab_size": tokenizer_size(tok), "splits": splits}
+                "vocab_size": vocab_size, "splits": splits}
         (new / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
         set_aside(target)
         new.rename(target)
@@ -302,8 +303,8 @@ def load_tokenizer(name):
         tok = AutoTokenizer.from_pretrained(name, local_files_only=offline, trust_remote_code=False)
         if not hasattr(tok, "backend_tokenizer") or None in (tok.bos_token_id, tok.eos_token_id):
             raise ValueError("it has no tokenizer.json, or no <s> and </s>")
-        if tokenizer_size(tok) > 65536:
-            raise ValueError(f"it has ids up to {tokenizer_size(tok) - 1:,}: above 16 bits, as we store them")
+        if (highest := max(tok.get_vocab().values())) > 65535:
+            raise ValueError(f"it has ids up to {highest:,}: above 16 bits, as we store them")
     except (KeyboardInterrupt, SystemExit):     # SIGTERM is the second, see run
         raise
     except BaseException as error:  # a damaged or foreign file can raise anything, even a panic of Rust's
@@ -313,11 +314,6 @@ def load_tokenizer(name):
             "needs `pip install sentencepiece`. Else pass --tokenizer=FOLDER or --tokenizer=train, or use "
             "--dataset=mini") from None
     return tok
-
-
-def tokenizer_size(tok):
-    """Its highest id + 1: more than len(tok) where ids are skipped."""
-    return 1 + max(tok.get_vocab().values())
 
 
 def encode(tok, texts):
