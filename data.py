@@ -9,7 +9,6 @@ Knows nothing of models. Also holds the command line that every script shares, a
 the grammar that writes mini.
 """
 import argparse
-import dataclasses
 import difflib
 import hashlib
 import inspect
@@ -26,7 +25,7 @@ import time
 import typing
 from collections import Counter
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -417,7 +416,7 @@ def parse_args(argv, doc, *configs):
         sys.exit()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False,
                                      argument_default=argparse.SUPPRESS)
-    kinds = {f.name: f.type for config in configs for f in dataclasses.fields(config)}
+    kinds = {f.name: f.type for config in configs for f in fields(config)}
     read = {int: whole_number, bool: true_or_false, float: float}
     for key, kind in kinds.items():
         parser.add_argument(f"--{key}", type=read.get(kind), choices=typing.get_args(kind) or None)
@@ -436,11 +435,11 @@ def configure(config_class, *layers):
     """config_class(**keys), where a later layer {key: value} wins over an earlier one and keys of other
     classes are passed over. Raises UserError for a value that is not of its field's type (a layer may come
     from a file), is out of range, or is refused by the class."""
-    fields = {f.name: f for f in dataclasses.fields(config_class)}
-    keys = {k: v for layer in layers for k, v in layer.items() if k in fields}
+    known = {f.name: f for f in fields(config_class)}
+    keys = {k: v for layer in layers for k, v in layer.items() if k in known}
     for key, value in keys.items():
-        kind, choices = fields[key].type, typing.get_args(fields[key].type)
-        if value is None and fields[key].default is None:
+        kind, choices = known[key].type, typing.get_args(known[key].type)
+        if value is None and known[key].default is None:
             continue
         if value not in choices if choices else type(value) is not kind:
             value = value if isinstance(value, (int, float, str)) else type(value).__name__
