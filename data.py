@@ -78,8 +78,7 @@ def prepare(config):
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
     if source and not (Path(source).is_file() and source.endswith((".jsonl", ".jsonl.zst", ".txt"))):
         raise UserError(f"--source={source}: no such .jsonl, .jsonl.zst or .txt file")
-    trained = config.tokenizer == "train"
-    tok = None if trained else load_tokenizer(config.tokenizer)     # fails in seconds, before any download
+    tok = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)  # fails before a download
     if not source and config.dataset == "plwiki":
         source = fetch_plwiki(target.parent / "speakleash")
 
@@ -94,7 +93,7 @@ def prepare(config):
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{config.dataset}-") as staging:
         new = Path(staging) / "new"
         new.mkdir()
-        if trained:
+        if tok is None:
             print(f"training a tokenizer of {config.vocab_size:,} entries")
             tok = train_tokenizer(documents(), config.vocab_size)
             if len(tok) < config.vocab_size:
