@@ -308,9 +308,8 @@ def load_tokenizer(name):
     except BaseException as error:  # a damaged or foreign file can raise anything, even a panic of Rust's
         raise UserError(
             f"cannot load the tokenizer {name!r} ({first_line(error)}). One of the hub needs the network, "
-            "and may need `hf auth login` and its licence accepted there; one in SentencePiece's format "
-            "needs `pip install sentencepiece`. Else pass --tokenizer=FOLDER or --tokenizer=train, or use "
-            "--dataset=mini") from None
+            "and may need `hf auth login` and a licence accepted; SentencePiece's format needs `pip install "
+            "sentencepiece`. Else pass --tokenizer=FOLDER or --tokenizer=train, or --dataset=mini") from None
     return tok
 
 
