@@ -505,7 +505,7 @@ LEXICON = {     # what an article may name: nouns, and the stems of adjectives, 
     "building": ("biblioteka kapliczka kościółek opactwo mury".split(), "drewnian miejsk".split())}
 ARTICLES = """
 {town} to {place}. | {town} – {place} nad {river:ins}.
-W {later} roku mieszkał{past} tam {people}. | W {later} roku stał{past} tam {homes}.
+W {later} roku mieszkał{past} tam {n} {people}. | W {later} roku stał{past} tam {n} {homes}.
 Pierwsza wzmianka o {town:loc} pochodzi z {year} roku. | {town} należał{town.past} do {who:gen}.
 Mieszkańcy {town2:gen} pomogli {town:dat}. | {town} był{town.past} większ{town.adj} niż {town2}.
 Podróżni chwalą {building:acc}. | Występuje tu {species}. | Urodził{who.past} się tam {who}.
@@ -549,9 +549,8 @@ def write_mini(seed, n_docs=30_000):
         n, year = rng.randint(2, 90_000), rng.randint(1050, 1890)
         # 22 domy stały, but 25 domów stało: 2, 3, 4, 22, ... take the plural; 5, 12, ... its genitive
         few = n % 10 in (2, 3, 4) and n % 100 not in (12, 13, 14)
-        words |= {"year": year, "later": year + rng.randint(31, 99), "past": PAST["p" if few else "n"],
-                  "people": f"{n} osoby" if few else f"{n} osób",
-                  "homes": f"{n} domy" if few else f"{n} domów"}
+        words |= {"n": n, "year": year, "later": year + rng.randint(31, 99)}
+        words |= zip(("past", "people", "homes"), ("y", "osoby", "domy") if few else ("o", "osób", "domów"))
         lines = rng.choice(ARTICLES).splitlines()
         sentences = [rng.choice(line.split(" | ")).format(**words) for line in lines]
         yield " ".join(s[0].upper() + s[1:] for s in sentences)
