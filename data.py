@@ -5,8 +5,7 @@
     python data.py --dataset=books --source=FILE --tokenizer=train      # your .jsonl, .jsonl.zst or .txt
     python data.py --help
 
-Knows nothing of models. Also holds the command line that every script shares, and at the end, as an appendix,
-the grammar that writes mini.
+Knows nothing of models. The command line below is that of every script; the appendix is the grammar of mini.
 """
 import argparse
 import difflib
@@ -68,11 +67,8 @@ PRESETS = {"plwiki": {"n_docs": 100_000}, "mini": {"tokenizer": "train", "vocab_
 # The story: documents -> data/NAME/{train,val,test}.bin, meta.json, tokenizer/
 
 def prepare(config):
-    """Write data/NAME/ as the DataConfig says. It appears whole or not at all; an older one is set aside.
-
-    Memory is that of one batch of text, whatever the size of a .jsonl; a .txt is read whole. Raises
-    UserError.
-    """
+    """Write data/NAME/ as the DataConfig says, whole or not at all; an older one is set aside. Memory is that
+    of one batch of text, whatever the size of a .jsonl; a .txt is read whole. Raises UserError."""
     target, source = dataset_folder(config.dataset), config.source
     if not source and config.dataset not in PRESETS:
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
@@ -193,12 +189,9 @@ def set_aside(folder):
 # Documents: a local file, or SpeakLeash's plwiki
 
 def read_documents(path, quality, left_out):
-    """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt as one, with a progress bar. Counts in
-    left_out what it leaves out.
-
-    JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be missing.
-    Raises UserError, which names the line, for others, and for a file in another format or encoding.
-    """
+    """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt as one, with a progress bar; left_out counts
+    those left out. JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be
+    missing. Raises UserError, which names the line, for others, and for another format or encoding."""
     import zstandard
     path, found = Path(path), False
     file, size = open(path, "rb"), path.stat().st_size
@@ -259,12 +252,10 @@ def fetch_plwiki(folder):
 # Tokenizers. transformers takes seconds to import, so only the functions that need it do.
 
 def train_tokenizer(texts, vocab_size):
-    """Learn a Llama-style BPE (Sennrich et al. 2016) of vocab_size entries from an iterable of texts.
-
-    <unk>, <s>, </s>, then 256 byte tokens to which any unseen character falls back, then the merges. A space
-    is the mark ▁ at the front of a word; decoding gives the text back, but for a ▁ of its own. The
-    vocabulary is learned from all splits: it only fixes the units, which both models share.
-    """
+    """Learn a Llama-style BPE (Sennrich et al. 2016) of vocab_size entries from an iterable of texts: <unk>,
+    <s>, </s>, then 256 byte tokens to which any unseen character falls back, then the merges. A space is the
+    mark ▁ at the front of a word; decoding gives the text back, but for a ▁ of its own. The vocabulary is
+    learned from all splits: it only fixes the units, which both models share."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
@@ -405,10 +396,8 @@ def true_or_false(text):
 
 def parse_args(argv, doc, *configs):
     """['--key=value', '--key', 'value', ...] -> {key: value} of the keys that are given, typed as the fields
-    of the config dataclasses. --help prints doc, and these dataclasses as they stand in the code.
-
-    Raises UserError for an unknown key (the nearest is named) or a value of another type.
-    """
+    of the config dataclasses. --help prints doc, and these dataclasses as they stand in the code. Raises
+    UserError for an unknown key (the nearest is named) or a value of another type."""
     if {"-h", "--help"} & set(argv):
         print(doc, *(inspect.getsource(c).partition("\n\n    def ")[0] for c in configs), sep="\n\n")
         sys.exit()
