@@ -193,11 +193,10 @@ def read_documents(path, quality, left_out):
     those left out. JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be
     missing. Raises UserError, which names the line, for others, and for another format or encoding."""
     import zstandard
-    path, found = Path(path), False
-    file, size = open(path, "rb"), path.stat().st_size
+    path, file, found = Path(path), open(path, "rb"), False
     unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
     stream = io.TextIOWrapper(unpacked if path.suffix == ".zst" else file, encoding="utf-8-sig", newline="")
-    with file, progress_bar(total=size, unit="B", unit_scale=True, desc=path.name) as bar:
+    with file, progress_bar(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
             if path.suffix == ".txt":
                 yield stream.read()
