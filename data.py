@@ -88,13 +88,12 @@ def prepare(config):
     target.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{config.dataset}-") as staging:
         new = Path(staging) / "new"
-        new.mkdir()
         if tok is None:
             print(f"training a tokenizer of {config.vocab_size:,} entries")
             tok = train_tokenizer(documents(), config.vocab_size)
             if len(tok) < config.vocab_size:
                 print(f"it has {len(tok):,}: the text has no more pieces that come twice")
-        tok.save_pretrained(new / "tokenizer")
+        tok.save_pretrained(new / "tokenizer")      # which makes both folders
         if source.endswith(".txt"):
             parts = parts_of_text(next(documents()))
         else:
