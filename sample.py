@@ -12,7 +12,7 @@ import time
 import timeit
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -75,19 +75,16 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     tokens[:, :T] = idx
     uniforms = torch.rand(max_new_tokens, B, 1, generator=generator).to(device)
     newest, uniform = tokens[:, :1].clone(), uniforms[0].clone()       # what a decode reads, at a fixed place
-    state = None if mode == "naive" else model.init_state(B)
+    state = () if mode == "naive" else model.init_state(B)
 
-    def draw(logits):
+    def advance(step, idx):             # read idx (B, n): newest becomes what follows
+        logits = model(idx)[0][:, -1] if mode == "naive" else step(idx, state)[0]
         newest.copy_(pick(logits, temperature, top_k, top_p, uniform)[:, None])
 
-    step = torch.compile(model.step) if mode == "compiled" else model.step
-
-    def decode():
-        draw(step(newest, state)[0])
-
+    decode = partial(advance, torch.compile(model.step) if mode == "compiled" else model.step, newest)
     if mode in ("graph", "compiled"):
         decode = capture(decode)        # which runs it: the state is no longer empty
-    first, refill = 0, True             # the window is tokens[:, first:t]; refill: the state must read it all
+    first, refill = 0, True             # the window is tokens[:, first:t]; refill: all of it is read
     for t in range(T, T + max_new_tokens):
         uniform.copy_(uniforms[t - T])
         if t - first > model.window:
@@ -95,15 +92,13 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
             # token in it, so the whole cache would have to be computed again for each new token. Keeping the
             # newest half costs one such pass every block_size / 2 tokens. The LSTM never comes here.
             first, refill = t - max(1, model.window // 2), True
-        if mode == "naive":
-            draw(model(tokens[:, first:t])[0][:, -1])
-        elif refill:
+        if refill:
             for part in state:
                 part.zero_()            # empties it
-            draw(model.step(tokens[:, first:t], state)[0])
+            advance(model.step, tokens[:, first:t])
         else:
             decode()
-        refill = False
+        refill = mode == "naive"
         tokens[:, t] = newest[:, 0]
         yield tokens[:, t]
 
