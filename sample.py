@@ -79,7 +79,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
 
     def advance(step, idx):             # read idx (B, n): newest becomes what follows
         logits = model(idx)[0][:, -1] if mode == "naive" else step(idx, state)[0]
-        newest.copy_(pick(logits, temperature, top_k, top_p, uniform)[:, None])
+        newest.copy_(pick(logits, uniform, temperature, top_k, top_p)[:, None])
 
     decode = partial(advance, torch.compile(model.step) if mode == "compiled" else model.step, newest)
     if mode in ("graph", "compiled"):
@@ -103,9 +103,9 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
         yield tokens[:, t]
 
 
-def pick(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
-    """Draw the next token: logits (B, V) -> ids (B,). uniform (B, 1) in [0, 1) decides the draw; None: a new
-    one. Never forces a host sync."""
+def pick(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw the next token: logits (B, V) -> ids (B,). uniform (B, 1) in [0, 1) decides the draw. Never forces
+    a host sync."""
     if temperature < 1e-4:      # 0, and what would overflow the division: greedy
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
@@ -122,8 +122,6 @@ def pick(logits, temperature=1.0, top_k=0, top_p=1.0, uniform=None):
     # Lay the probabilities end to end on a line: a uniform point on it falls on token i with probability p_i.
     # One draw, where torch.multinomial needs one for each of the 32,000 and looks at p on the host.
     line = logits.softmax(dim=-1).cumsum(dim=-1, dtype=exact)
-    if uniform is None:
-        uniform = torch.rand(len(logits), 1, device=logits.device)
     drawn = torch.searchsorted(line, uniform * line[:, -1:], right=True).squeeze(1)
     return drawn.clamp(max=logits.size(-1) - 1)         # rounding can lead beyond the line's end
 

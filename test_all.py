@@ -431,7 +431,7 @@ def test_a_decode_step_never_looks_at_a_value_on_the_device(name):
         state = model.init_state(3)
         logits, new = model.step(torch.zeros(3, 1, dtype=torch.int64), state)
         assert all(a is b for a, b in zip(state, new))      # written in place, where the next replay reads
-        assert sample.pick(logits, 0.8, top_k=5, top_p=0.9, uniform=torch.rand(3, 1)).shape == (3,)
+        assert sample.pick(logits, torch.rand(3, 1), 0.8, top_k=5, top_p=0.9).shape == (3,)
 
 
 @CUDA
@@ -527,16 +527,16 @@ def test_draws_follow_the_softmax_that_temperature_top_k_and_top_p_leave():
     many = logits[torch.randperm(20, generator=torch.Generator().manual_seed(0))].expand(n, 20)
     for temperature in (0.5, 1.0, 1.5):
         expected = n * (many[0] / temperature).softmax(0)
-        drawn = torch.bincount(sample.pick(many, temperature, uniform=uniform), minlength=20)
+        drawn = torch.bincount(sample.pick(many, uniform, temperature), minlength=20)
         assert ((drawn - expected) ** 2 / expected).sum() < 43.8    # 19 degrees of freedom, p = 0.001
-    assert sample.pick(many[:1], 0) == many[0].argmax()
-    assert set(sample.pick(many, top_k=3, uniform=uniform).tolist()) == set(many[0].topk(3).indices.tolist())
+    assert sample.pick(many[:1], None, 0) == many[0].argmax()
+    assert set(sample.pick(many, uniform, top_k=3).tolist()) == set(many[0].topk(3).indices.tolist())
     p, order = many[0].softmax(0).sort(descending=True)
     kept = order[:int((p.cumsum(0) < 0.5).sum()) + 1]       # the fewest likeliest that reach a half
-    assert set(sample.pick(many, top_p=0.5, uniform=uniform).tolist()) == set(kept.tolist())
+    assert set(sample.pick(many, uniform, top_p=0.5).tolist()) == set(kept.tolist())
     for row in (torch.zeros(1, 7), torch.full((1, 7), float("nan"))):       # never outside the vocabulary
         for edge in (0.0, 1 - 2 ** -24, 1.0):
-            assert 0 <= sample.pick(row, uniform=torch.tensor([[edge]])).item() < 7
+            assert 0 <= sample.pick(row, torch.tensor([[edge]])).item() < 7
 
 
 @pytest.mark.parametrize("num_samples", [1, 4])
