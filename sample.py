@@ -145,38 +145,32 @@ def capture(function):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Weights that multiply in a way of their own
+# Matrices that multiply in a way of their own on a CPU. A multiplier, as in model_lstm.py, makes of a matrix
+# w (N, K) the function x (..., K) -> x w^T (..., N).
 
 class Weight:
-    """Stands in a model where a float matrix (N, K) stood: PyTorch hands F.linear to any argument that has
-    __torch_function__, so model.step need not know. Each kind has times(x (..., K)) -> x w^T (..., N)."""
+    """Stands in a model where a matrix stood: PyTorch hands F.linear to any argument that has
+    __torch_function__, so model.step need not know."""
+
+    def __init__(self, times):
+        self.times = times
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is not F.linear or kwargs:
             raise TypeError(f"this weight can do no more than F.linear, not {function}")
-        x, weight, bias = (*args, None)[:3]         # the bias can be missing
+        x, weight, bias = args
         y = weight.times(x)
         return y if bias is None else y + bias
 
 
-class TiledWeight(Weight):
-    """float32 on a CPU, cut into tiles once: with AVX2, F.linear reads a plain matrix at half their speed."""
-
-    def __init__(self, w):
-        self.times = multiplier(w.detach(), 1)
-
-
-class HalfWeight(Weight):
-    """bfloat16 or float16 on a CPU: a single row is multiplied by the kernel that is the fastest here."""
-
-    def __init__(self, w):
-        self.w = w.detach()
-
-    def times(self, x):
+def half_multiplier(w):
+    """bfloat16 or float16: a single row is multiplied by the kernel that is the fastest here."""
+    def times(x):
         if x.numel() > x.size(-1):
-            return F.linear(x, self.w)
-        return fastest_row_kernel(self.w.dtype)(self.w, x.flatten()).view(*x.shape[:-1], -1)
+            return F.linear(x, w)
+        return fastest_row_kernel(w.dtype)(w, x.flatten()).view(*x.shape[:-1], -1)
+    return times
 
 
 def linear_without_onednn(w, x):
@@ -199,23 +193,19 @@ def fastest_row_kernel(dtype):
     return linear_without_onednn if plain < 0.8 * mv else torch.mv
 
 
-class Int8Weight(Weight):
-    """8-bit integers, on a CPU. Each output channel n has one scale, s_n = max |w_n| / 127, and the integers
+def int8_multiplier(w):
+    """8-bit integers. Each output channel n has one scale, s_n = max |w_n| / 127, and the integers
     round(w_n / s_n): half the bytes of bfloat16. The kernel multiplies integers by integers, so the
     activations, in float32, are rounded too, by the range of each call (Jacob et al. 2018)."""
-
-    def __init__(self, w):
-        w = w.detach().float()
-        scale, zero = w.abs().amax(dim=1).clamp(min=1e-12) / 127, torch.zeros(len(w), dtype=torch.int64)
-        if torch.backends.quantized.engine == "none":       # macOS: it has a kernel, and chooses none
-            torch.backends.quantized.engine = "qnnpack"
-        with warnings.catch_warnings():     # PyTorch 2.13 announces the end of this way, not yet another
-            warnings.filterwarnings("ignore", message=".*quantize_per_channel")
-            q = torch.quantize_per_channel(w, scale.double(), zero, axis=0, dtype=torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(q, None)
-
-    def times(self, x):     # reduce_range: 7 bits for x; 8 overflow where a CPU lacks VNNI
-        return torch.ops.quantized.linear_dynamic(x, self.packed, reduce_range=True)
+    scale, zero = w.abs().amax(dim=1).clamp(min=1e-12) / 127, torch.zeros(len(w), dtype=torch.int64)
+    if torch.backends.quantized.engine == "none":       # macOS: it has a kernel, and chooses none
+        torch.backends.quantized.engine = "qnnpack"
+    # PyTorch 2.13 announces the end of this way, not yet another
+    warnings.filterwarnings("ignore", message=".*quantize_per_channel")
+    q = torch.quantize_per_channel(w, scale.double(), zero, axis=0, dtype=torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(q, None)
+    # reduce_range: 7 bits for x; 8 overflow where a CPU lacks VNNI
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range=True)
 
 
 def to_dtype(model, dtype):
@@ -223,13 +213,14 @@ def to_dtype(model, dtype):
     Weights; not the embeddings, of which a token reads a single row."""
     set_matmul_precision(dtype)
     model.to(torch.float32 if dtype == torch.int8 else dtype)
-    kind = {torch.float32: TiledWeight, torch.int8: Int8Weight}.get(dtype, HalfWeight)
+    # float32 in tiles: with AVX2, F.linear reads a plain matrix at half their speed
+    kinds = {torch.float32: partial(multiplier, batch_size=1), torch.int8: int8_multiplier}
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():
             for name, w in list(module.named_parameters(recurse=False)):
                 if w.dim() == 2 and not isinstance(module, nn.Embedding):
                     delattr(module, name)
-                    setattr(module, name, kind(w))
+                    setattr(module, name, Weight(kinds.get(dtype, half_multiplier)(w.detach())))
     return model
 
 

@@ -43,7 +43,6 @@ import train
 from data import UserError
 from model_gpt import GPT, GPTConfig, causal_mask, fused_attention, manual_attention
 from model_lstm import LSTM, LSTMConfig, cudnn_recurrence, manual_recurrence, scan_recurrence
-from sample import Int8Weight
 from train import State, TrainConfig
 
 HERE = Path(__file__).parent
@@ -467,7 +466,7 @@ def test_int8_weights_are_the_floats_rounded_per_output_channel(name):
         scale = w.data.abs().amax(1, keepdim=True) / 127
         w.data = (w.data / scale).round() * scale
     sample.to_dtype(model, torch.int8)
-    replaced = sum(isinstance(w, Int8Weight) for m in model.modules() for w in vars(m).values())
+    replaced = sum(isinstance(w, sample.Weight) for m in model.modules() for w in vars(m).values())
     assert replaced == len(matrices) > 5
     got, exact = (m.step(idx, m.init_state(2))[0] for m in (model, rounded))
     assert (got - exact).norm() < 0.05 * exact.norm() and not torch.equal(got, exact)
@@ -479,25 +478,24 @@ def test_int8_works_where_pytorch_chose_no_engine(monkeypatch):
     """As on macOS. Here the engine cannot be set to none, so a stand-in says so."""
     chosen = SimpleNamespace(engine="none")
     monkeypatch.setattr(torch.backends, "quantized", chosen)
-    Int8Weight(torch.ones(4, 8))
+    sample.int8_multiplier(torch.ones(4, 8))
     assert chosen.engine == "qnnpack"
     monkeypatch.undo()
     before, torch.backends.quantized.engine = torch.backends.quantized.engine, "qnnpack"
     try:
         w, x = torch.randn(64, 32), torch.randn(1, 3, 32)
-        assert (nn.functional.linear(x, Int8Weight(w)) - x @ w.T).norm() < 0.03 * (x @ w.T).norm()
+        assert (sample.int8_multiplier(w)(x) - x @ w.T).norm() < 0.03 * (x @ w.T).norm()
     finally:
         torch.backends.quantized.engine = before
 
 
 @BOTH
-@pytest.mark.parametrize("dtype, kind, tolerance", [
-    (torch.float32, sample.TiledWeight, 1e-5), (torch.bfloat16, sample.HalfWeight, 0.02),
-    (torch.float16, sample.HalfWeight, 0.02)])
-def test_a_cpus_weights_multiply_as_matrices_by_every_kernel(name, dtype, kind, tolerance, monkeypatch):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02),
+                                              (torch.float16, 0.02)])
+def test_a_cpus_weights_multiply_as_matrices_by_every_kernel(name, dtype, tolerance, monkeypatch):
     assert sample.fastest_row_kernel(dtype) in (torch.mv, sample.linear_without_onednn)
     plain, ours = make(name).to(dtype), sample.to_dtype(make(name), dtype)
-    assert sum(isinstance(w, kind) for m in ours.modules() for w in vars(m).values()) > 5
+    assert sum(isinstance(w, sample.Weight) for m in ours.modules() for w in vars(m).values()) > 5
     for kernel in torch.mv, sample.linear_without_onednn:
         monkeypatch.setattr(sample, "fastest_row_kernel", lambda dtype: kernel)
         for batch in 1, 3:
@@ -515,7 +513,7 @@ def test_what_each_dtype_means_for_a_device():
     assert train.choose_dtype("auto", torch.device("mps"), "gpt")[0] == torch.float32
     assert train.choose_dtype("auto", torch.device("cuda"), "lstm")[0] == torch.float16
     with pytest.raises(TypeError, match="no more than F.linear"):
-        torch.mm(torch.ones(2, 2), Int8Weight(torch.ones(2, 2)))
+        torch.mm(torch.ones(2, 2), sample.Weight(None))
     for dtype, precision in ((torch.bfloat16, "high"), (torch.float32, "highest")):
         model = sample.to_dtype(make("gpt"), dtype)
         assert model.wte.weight.dtype == dtype and torch.get_float32_matmul_precision() == precision
