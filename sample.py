@@ -11,7 +11,7 @@ Owns the generation loop, which bench.py times as it is. Reads out_dir alone, ne
 import time
 import timeit
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -227,24 +227,26 @@ def to_dtype(model, dtype):
 # ----------------------------------------------------------------------------------------------------
 # Text
 
-def continue_prompt(model, tok, prompt, config, temperature, stream=False):
+def continue_prompt(model, tok, config, stream=False):
     """Generate config.num_samples continuations of the prompt as one batch -> a list of token id lists, each
     <s>, the prompt and its continuation up to </s>, and tokens/s over all of them, from the first token on.
-    stream: print the text of a single one as it comes. Raises UserError for another model's tokenizer."""
+    stream: print a single one as it comes. Raises UserError for another model's tokenizer."""
     # of a long prompt the newest block_size tokens: neither model was trained on more
-    ids = [tok.bos_token_id, *data.encode(tok, [prompt])[0]][-model.config.block_size:]
+    ids = [tok.bos_token_id, *data.encode(tok, [config.prompt])[0]][-model.config.block_size:]
     if max(ids) >= model.config.vocab_size:
         raise UserError("the tokenizer in the run's folder has more entries than its model: it is another's")
     idx = torch.tensor([ids] * config.num_samples, device=next(model.parameters()).device)
     generator, rows = torch.Generator().manual_seed(config.seed), []
-    decode, shown, held = tok.backend_tokenizer.decode, ids, []
-    for next_ids in generate(model, idx, config.max_new_tokens, temperature, config.top_k, config.top_p,
-                             generator, "compiled" if config.compile else None):
+    decode, shown, held, eos = tok.backend_tokenizer.decode, ids, [], tok.eos_token_id
+    if stream:
+        print(config.prompt, end="", flush=True)
+    for next_ids in generate(model, idx, config.max_new_tokens, config.temperature, config.top_k,
+                             config.top_p, generator, "compiled" if config.compile else None):
         rows.append(next_ids)
         if len(rows) == 1:
             next_ids.tolist()                           # the prompt's pass is over
             start = time.perf_counter()
-        if config.num_samples == 1 and next_ids.item() == tok.eos_token_id:
+        if config.num_samples == 1 and next_ids.item() == eos:
             break
         if stream:
             held.append(next_ids.item())
@@ -254,8 +256,7 @@ def continue_prompt(model, tok, prompt, config, temperature, stream=False):
                 shown, held = held, []
     new = torch.stack(rows, dim=1).tolist()             # also waits for the device
     speed = config.num_samples * (len(rows) - 1) / (time.perf_counter() - start)
-    ends = [row.index(tok.eos_token_id) if tok.eos_token_id in row else len(row) for row in new]
-    return [ids + row[:end] for row, end in zip(new, ends)], speed
+    return [ids + row[:[*row, eos].index(eos)] for row in new], speed
 
 
 def find_run(config):
@@ -288,14 +289,10 @@ def main(argv):
              "device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}
     if config.grid:
         return grid(model, tok, config, facts, out_dir)
-    if config.num_samples == 1:
-        print(config.prompt, end="", flush=True)
-        _, speed = continue_prompt(model, tok, config.prompt, config, config.temperature, stream=True)
-        print()
-    else:
-        rows, speed = continue_prompt(model, tok, config.prompt, config, config.temperature)
-        for i, row in enumerate(rows, 1):
-            print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
+    stream = config.num_samples == 1
+    rows, speed = continue_prompt(model, tok, config, stream)
+    for i, row in enumerate(rows, 1):   # one that was streamed lacks its line's end alone
+        print("" if stream else f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
     print("[{model}, {dataset}, {speed:.1f} tokens/s, {device}, {dtype}]".format(speed=speed, **facts))
 
 
@@ -305,7 +302,8 @@ def grid(model, tok, config, facts, out_dir):
     results = []
     for prompt in GRID_PROMPTS:
         for temperature in GRID_TEMPERATURES:
-            rows, speed = continue_prompt(model, tok, prompt, config, temperature)
+            config = replace(config, prompt=prompt, temperature=temperature)
+            rows, speed = continue_prompt(model, tok, config)
             results += [{"prompt": prompt, "temperature": temperature, "text": tok.decode(row),
                          "new_tokens_per_second": round(speed, 1)} for row in rows]
             print(f"--- temperature {temperature}\n{results[-1]['text']}")

@@ -542,13 +542,13 @@ def test_a_continuation_ends_before_its_end_mark(num_samples, monkeypatch):
     model, ids, tok = make("gpt"), [1, 2, 3], mock.Mock(bos_token_id=1, eos_token_id=-1)   # no token is -1
     monkeypatch.setattr(data, "encode", lambda tok, texts: [[2, 3]])
     config = sample.SampleConfig(max_new_tokens=30, num_samples=num_samples)
-    free, _ = sample.continue_prompt(model, tok, "x", config, 1.0)
+    free, _ = sample.continue_prompt(model, tok, config)
     assert len(free) == num_samples and all(row[:3] == ids and len(row) == 33 for row in free)
     tok.eos_token_id = eos = free[0][20]
-    rows, speed = sample.continue_prompt(model, tok, "x", config, 1.0)
+    rows, speed = sample.continue_prompt(model, tok, config)
     assert rows == [row[:row.index(eos, 3)] if eos in row[3:] else row for row in free] and speed > 0
     monkeypatch.setattr(data, "encode", lambda tok, texts: [[2, 40]])
-    refuses("more entries than its model", sample.continue_prompt, model, tok, "x", config, 1.0)
+    refuses("more entries than its model", sample.continue_prompt, model, tok, config)
 
 
 def test_streamed_text_never_breaks_a_character(here, monkeypatch, capsys):
