@@ -8,6 +8,7 @@
 
 Owns the generation loop, which bench.py times as it is. Reads out_dir alone, never data/.
 """
+import re
 import time
 import timeit
 import warnings
@@ -319,16 +320,13 @@ def export(model, tok, folder):
     from safetensors.torch import save_file
     c, tensors, is_gpt = model.config, {}, isinstance(model, GPT)
     for name, w in model.state_dict().items():
-        if is_gpt and name.startswith("blocks"):
-            name = name.replace("blocks", "transformer.h")
-            w = w.t() if w.dim() == 2 else w            # GPT-2 keeps its matrices as (in, out)
-            if ".attn." in name:                        # and its attention has biases
+        if not is_gpt:
+            name = re.sub(r"blocks\.(\d+)\.(\w+)", r"lstm.\2_l\1", name)
+        elif not name.startswith("lm_head"):
+            name = "transformer." + name.replace("blocks", "h")
+            w = w.t() if ".h." in name and w.dim() == 2 else w      # GPT-2 keeps its matrices as (in, out)
+            if ".attn." in name:                                    # and its attention has biases
                 tensors[name.replace("weight", "bias")] = torch.zeros(w.size(1))
-        elif is_gpt and not name.startswith("lm_head"):
-            name = f"transformer.{name}"
-        elif name.startswith("blocks"):
-            _, layer, part = name.split(".")
-            name = f"lstm.{part}_l{layer}"
         tensors[name] = w.contiguous()
     settings = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": c.block_size,
                 "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
