@@ -263,15 +263,15 @@ def continue_prompt(model, tok, config, stream=False):
 def find_run(config):
     """-> the folder of the run that config means, and its checkpoint. Raises UserError."""
     models = MODELS if config.model == "auto" else [config.model]
-    folders = [Path(config.out_dir or MODELS[m][2]) for m in models]
-    out_dir = max(folders, key=lambda f: (f / "ckpt.pt").stat().st_mtime if (f / "ckpt.pt").is_file() else 0)
-    checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+    paths = [Path(config.out_dir or MODELS[m][2], "ckpt.pt") for m in models]
+    path = max(paths, key=lambda p: p.stat().st_mtime if p.exists() else 0)
+    checkpoint = load_checkpoint(path)
     name = checkpoint["config"]["model"]
     if config.model not in ("auto", name):
-        raise UserError(f"{out_dir}/ckpt.pt holds a {name}, not a {config.model}: leave --model out")
-    if not (out_dir / "tokenizer").is_dir():
-        raise UserError(f"{out_dir}/tokenizer is missing: copy it there from the folder of its dataset")
-    return out_dir, checkpoint
+        raise UserError(f"{path} holds a {name}, not a {config.model}: leave --model out")
+    if not path.with_name("tokenizer").is_dir():
+        raise UserError(f"{path.parent}/tokenizer is missing: copy it there from the folder of its dataset")
+    return path.parent, checkpoint
 
 
 def main(argv):
