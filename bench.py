@@ -15,11 +15,11 @@ train.py as they are.
 """
 import json
 import re
-import statistics
 import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 import numpy as np
@@ -57,16 +57,14 @@ class BenchConfig:
             raise ValueError("new_tokens must be at least 2, and repeats 1")
 
 
-def seconds(function, device, repeats):
-    """Median time of function() over repeats. A GPU works on its own: it must be waited for."""
-    times, synchronize = [], getattr(torch, device.type).synchronize
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        function()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def seconds(function, device):
+    """How long function() takes. A GPU works on its own: it must be waited for."""
+    synchronize = getattr(torch, device.type).synchronize
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -106,7 +104,7 @@ def read_bandwidth(device):
     """Bytes per second at which the device reads a gigabyte that no cache holds: a sum of float32."""
     x = torch.ones(2 ** 28, device=device)
     x.sum()
-    return x.numel() * 4 / seconds(x.sum, device, 9)
+    return x.numel() * 4 / median(seconds(x.sum, device) for _ in range(9))
 
 
 def token_seconds(model, prompt, config, mode):
@@ -117,11 +115,11 @@ def token_seconds(model, prompt, config, mode):
     middle = prompt[:, :1].expand(-1, min(PROMPT_TOKENS + config.new_tokens // 2, model.window))
     for _ in range(1 + config.repeats):         # the first run warms up
         stream = generate(model, prompt, config.new_tokens, mode=mode)
-        first.append(seconds(lambda: next(stream), prompt.device, 1))
+        first.append(seconds(lambda: next(stream), prompt.device))
         if mode == "naive":
             stream, n = generate(model, middle, 1, mode=mode), 1
-        rest.append(seconds(lambda: [None for _ in stream], prompt.device, 1))
-    return statistics.median(first[1:]), statistics.median(rest[1:]) / n
+        rest.append(seconds(lambda: list(stream), prompt.device))
+    return median(first[1:]), median(rest[1:]) / n
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -174,7 +172,8 @@ def bench_training(name, device, config):
         trainer = Trainer(settings, model, {"train": tokens})
         trainer.train_step()                            # warm up: compilation, allocations, the moments
         n_steps = 1 if device.type == "cpu" else 10     # train.py does not wait for a GPU at each of them
-        taken = seconds(lambda: [trainer.train_step() for _ in range(n_steps)], device, config.repeats)
+        taken = median(seconds(lambda: [trainer.train_step() for _ in range(n_steps)], device)
+                       for _ in range(config.repeats))
         speed = n_steps * trainer.tokens_per_step / taken
         dtype, tflops, first = trainer.dtype, speed * model.flops_per_token() / 1e12, first or speed
         del model, trainer                              # before the next is built: two may not fit
