@@ -136,37 +136,35 @@ class TorchLSTM(LSTM):
         return self.blocks(self.wte(idx.t()))[0], None, None
 
 
-EXACT, MIXED = {"recipe": "report"}, {"recipe": "report", "dtype": "auto"}
-# From the report's recipe to the tuned one: a label, the model's class and sizes, and the keys of train.py.
+REPORT, MIXED = RECIPES["report"], {**RECIPES["report"], "dtype": "auto"}
+# From the report's recipe to the tuned one: a label, the model's class, and the keys of train.py.
 CHANGES = {
-    "gpt": [("report: float32, attention by hand", GPT, {"fused_attention": False}, EXACT),
-            ("mixed precision", GPT, {"fused_attention": False}, MIXED),
-            ("fused attention", GPT, {}, MIXED),
-            ("torch.compile", GPT, {}, {**MIXED, "compile": True}),
-            ("tuned recipe, with Muon", GPT, {}, {})],
-    "lstm": [("report: nn.LSTM, float32", TorchLSTM, {}, EXACT),
-             ("nn.LSTM, mixed precision", TorchLSTM, {}, MIXED),
-             ("by hand, float32", LSTM, {"residual": False, "cudnn": False}, EXACT),
-             ("by hand, mixed precision", LSTM, {"residual": False, "cudnn": False}, MIXED),
-             ("cuDNN, bfloat16", LSTM, {"residual": False}, {**MIXED, "dtype": "bfloat16"}),
-             ("cuDNN layer by layer", LSTM, {"residual": False}, MIXED),
-             ("tuned recipe, with skips", LSTM, {}, {})]}
+    "gpt": [("report: float32, attention by hand", GPT, REPORT),
+            ("mixed precision", GPT, MIXED),
+            ("fused attention", GPT, {**MIXED, "fused_attention": True}),
+            ("torch.compile", GPT, {**MIXED, "fused_attention": True, "compile": True}),
+            ("tuned recipe, with Muon", GPT, {})],
+    "lstm": [("report: nn.LSTM, float32", TorchLSTM, REPORT),
+             ("nn.LSTM, mixed precision", TorchLSTM, MIXED),
+             ("by hand, float32", LSTM, {**REPORT, "cudnn": False}),
+             ("by hand, mixed precision", LSTM, {**MIXED, "cudnn": False}),
+             ("cuDNN, bfloat16", LSTM, {**MIXED, "dtype": "bfloat16"}),
+             ("cuDNN layer by layer", LSTM, MIXED),
+             ("tuned recipe, with skips", LSTM, {})]}
 
 
 def bench_training(name, device, config):
     """Yield one row per change, from the report's recipe to the tuned one, as in bench_training.json."""
     first = None
-    for label, model_class, sizes, keys in CHANGES[name]:
+    for label, model_class, keys in CHANGES[name]:
         if label.startswith(("torch.compile", "cuDNN")) and device.type != "cuda":
             continue
         if label == "torch.compile" and compile_fault(device):
             continue
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        torch.manual_seed(0)
-        model = model_class(MODELS[name][1](**sizes)).to(device)
-        settings = data.configure(TrainConfig, RECIPES[keys.get("recipe", "tuned")], keys, {
-            "model": name, "batch_size": config.batch_size, "max_minutes": 1e9})
+        model = model_class(data.configure(MODELS[name][1], keys)).to(device)
+        settings = data.configure(TrainConfig, keys, {"model": name, "batch_size": config.batch_size})
         n_tokens = config.batch_size * model.config.block_size + 1
         tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=n_tokens)
         trainer = Trainer(settings, model, {"train": tokens})

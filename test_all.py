@@ -19,7 +19,7 @@ import time
 import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -1744,8 +1744,11 @@ def test_an_exported_model_says_the_same_elsewhere(name, work, empty):
 @pytest.fixture
 def small_bench(monkeypatch):
     """bench.py on small stand-ins: the full sizes take minutes."""
-    small = {"gpt": functools.partial(GPTConfig, n_layer=2, n_embd=48, vocab_size=500),
-             "lstm": functools.partial(LSTMConfig, n_layer=2, n_embd=32, n_hidden=48, vocab_size=500)}
+    def smaller(config_class, **sizes):
+        return make_dataclass("Small", [(k, int, v) for k, v in sizes.items()], bases=(config_class,))
+
+    small = {"gpt": smaller(GPTConfig, n_layer=2, n_embd=48, vocab_size=500),
+             "lstm": smaller(LSTMConfig, n_layer=2, n_embd=32, n_hidden=48, vocab_size=500)}
     monkeypatch.setattr(bench, "MODELS", {k: (m, small[k], d) for k, (m, _, d) in train.MODELS.items()})
 
 
