@@ -226,17 +226,16 @@ def compare_curves(dataset, runs, panels):
         for run, shade in zip(mine, np.linspace(0.9, 0.3, len(mine))):
             million, losses = zip(*((row["tokens_seen"] / 1e6, row["val_loss"]) for row in run["curve"]))
             panel.plot(million, losses, color=colormaps[colours](shade), label=run["folder"].name)
-        for best in mine[:1]:
-            by_position = best["test_loss_by_position"]
+        if mine:
+            by_position = mine[0]["test_loss_by_position"]
             ends = [0] + [2 ** k for k in range(20) if 2 ** k < len(by_position)] + [len(by_position)]
             means = [np.mean(by_position[a:b]) for a, b in zip(ends, ends[1:])]
             panels[2].semilogx(ends[1:], means, "o-", color=colormaps[colours](0.9), label=name)
+            panel.legend()
         panel.set(title=f"{name}, {dataset}", xlabel="million tokens seen", ylabel="validation loss, nats")
     panels[2].set(title=f"the best of each, {dataset}", ylabel="test loss, nats",
                   xlabel="position in the context, means up to the mark")
-    for panel in panels:
-        if panel.lines:
-            panel.legend()
+    panels[2].legend()
 
 
 # ----------------------------------------------------------------------------------------------------
