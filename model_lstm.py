@@ -165,8 +165,7 @@ class Block(nn.Module):
         y = F.dropout(y, self.dropout, self.training)
         # The identity lets the gradient reach every layer: without it, it must pass through the gates of all
         # layers above, and ten layers learn little more than word frequencies (He et al. 2015).
-        y = x + y if self.residual else y
-        return y, h, c
+        return (x + y if self.residual else y), h, c
 
     def extra_repr(self):
         shapes = [f"{name} {tuple(p.shape)}" for name, p in self.named_parameters()]
@@ -218,11 +217,9 @@ class LSTM(nn.Module):
         return logits.detach(), loss if reduction == "mean" else loss.view_as(targets)
 
     def init_state(self, batch_size):
-        """(h, c), each (n_layer, B, H): all that the model remembers of its past. Zeroing both empties it."""
-        config, w = self.config, self.wte.weight
-        dtypes = w.dtype, torch.promote_types(w.dtype, torch.float32)   # the cell's: see manual_recurrence
-        return tuple(torch.zeros(config.n_layer, batch_size, config.n_hidden, dtype=d, device=w.device)
-                     for d in dtypes)
+        """(h, c), each (n_layer, B, H), c float32 at least: all it knows of its past. Zeroing empties it."""
+        h = self.wte.weight.new_zeros(self.config.n_layer, batch_size, self.config.n_hidden)
+        return h, torch.zeros_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
 
     @torch.no_grad()
     def step(self, idx, state):
