@@ -193,17 +193,17 @@ def mfu(tflops, gpu):
 def compare(out_dir):
     """For each dataset a table (Markdown) of the finished runs in and below out_dir, and comparison.png:
     their validation losses, and the test loss by position. Raises UserError for a run of an older version."""
-    runs = {}       # dataset -> [results of a run, with its folder and metrics]
+    runs = {}       # dataset -> [results of a run, with its folder, its curve and its row of the table]
     for path in sorted(out_dir.rglob("results.json")):
         if "previous" in path.relative_to(out_dir).parts:       # set aside by train.py
             continue
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
-            lines = (path.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
             run |= {"folder": path.parent.relative_to(out_dir), "curve": [json.loads(line) for line in lines]}
-            row = ("| {folder} | {tokens_seen:,} | {tokens_per_second:,.0f} | {peak_memory_gb} "
-                   "| {val_loss:.3f} | {test_loss:.3f} | {test_bits_per_character:.3f} |").format(**run)
-            runs.setdefault(run["config"]["dataset"], []).append((row, run))
+            run["row"] = ("| {folder} | {tokens_seen:,} | {tokens_per_second:,.0f} | {peak_memory_gb} | "
+                          "{val_loss:.3f} | {test_loss:.3f} | {test_bits_per_character:.3f} |").format(**run)
+            runs.setdefault(run["config"]["dataset"], []).append(run)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path.parent} is damaged, or of an older version ({error}): "
                             "move it away") from None
@@ -212,8 +212,8 @@ def compare(out_dir):
     with picture(out_dir / "comparison.png", 3, 21, 7 * len(runs), len(runs)) as rows:
         for (dataset, of_dataset), panels in zip(runs.items(), rows):
             print(f"\n| {dataset} | tokens | tokens/s | peak GB | best val | test | bits per character |\n"
-                  "|---|---|---|---|---|---|---|", *(row for row, _ in of_dataset), sep="\n")
-            compare_curves(dataset, [run for _, run in of_dataset], panels)
+                  "|---|---|---|---|---|---|---|", *(run["row"] for run in of_dataset), sep="\n")
+            compare_curves(dataset, of_dataset, panels)
     print(f"written: {out_dir / 'comparison.png'}")
 
 
