@@ -72,8 +72,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
     """
     (B, T), device = idx.shape, idx.device
     mode = mode or ("graph" if device.type == "cuda" else "cached")
-    tokens = torch.empty(B, T + max_new_tokens, dtype=torch.int64, device=device)
-    tokens[:, :T] = idx
+    tokens = torch.cat([idx, idx.new_empty(B, max_new_tokens)], dim=1)
     uniforms = torch.rand(max_new_tokens, B, 1, generator=generator).to(device)
     newest, uniform = tokens[:, :1].clone(), uniforms[0].clone()       # what a decode reads, at a fixed place
     state = () if mode == "naive" else model.init_state(B)
