@@ -158,7 +158,7 @@ class Weight:
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         assert function is F.linear, f"this weight can do no more than F.linear, not {function}"
-        x, weight, bias = args
+        x, weight, bias = args          # as nn.Linear and the LSTM's recurrence pass them
         y = weight.times(x)
         return y if bias is None else y + bias
 
@@ -288,10 +288,9 @@ def main(argv):
              "device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}
     if config.grid:
         return grid(model, tok, config, facts, out_dir)
-    stream = config.num_samples == 1
-    rows, speed = continue_prompt(model, tok, config, stream)
-    for i, row in enumerate(rows, 1):   # one that was streamed lacks its line's end alone
-        print("" if stream else f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
+    rows, speed = continue_prompt(model, tok, config, stream=config.num_samples == 1)
+    for i, row in enumerate(rows, 1):       # of a single one only the line's end is missing
+        print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}" if len(rows) > 1 else "")
     print("[{model}, {dataset}, {speed:.1f} tokens/s, {device}, {dtype}]".format(speed=speed, **facts))
 
 
