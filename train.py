@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pprint import pformat
 from typing import Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -650,14 +651,6 @@ def write_json(path, value):
     write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-class NoStartWeights(torch.overrides.TorchFunctionMode):
-    """Skips nn.init.normal_: on the meta device it draws nothing, and yet imports torch.compile's machinery,
-    which takes two seconds."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return None if function is torch.nn.init.normal_ else function(*args, **(kwargs or {}))
-
-
 def load_checkpoint(path):
     """The dict that Trainer.save wrote to path, its state as a State, with its model built, in eval mode.
 
@@ -683,7 +676,9 @@ def load_checkpoint(path):
         saved["config"] = asdict(data.configure(TrainConfig, saved["config"]))
         saved["state"] = data.configure(State, saved["state"])
         model_class, config_class, _ = MODELS[saved["config"]["model"]]
-        with torch.device("meta"), NoStartWeights():    # without memory: it is given that of the weights
+        # On the meta device: without memory, it is given that of the weights. There normal_ draws nothing,
+        # and yet imports torch.compile's machinery, which takes two seconds: so it is left out.
+        with torch.device("meta"), patch("torch.nn.init.normal_"):
             model = model_class(data.configure(config_class, saved["model_config"]))
         model.load_state_dict(saved["model"], assign=True)
         if not all(w.isfinite().all() for w in weights):
