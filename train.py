@@ -274,7 +274,7 @@ class Trainer:
                "minutes": round(state.minutes, 4)}
         for split in ("train", "val"):
             n, most = self.n_windows[split], config.eval_iters * config.batch_size
-            windows = np.unique(np.linspace(0, n - 1, min(n, most), dtype=int))
+            windows = np.linspace(0, n - 1, min(n, most), dtype=int)
             row[f"{split}_loss"] = loss = self.evaluate(split, windows).mean().item()
             self.check_finite(loss)
             row[f"{split}_perplexity"] = perplexity(loss)
@@ -299,18 +299,17 @@ class Trainer:
         """Mean loss over these windows of a split, at each position of a window -> (T,) float64. Each process
         takes its share."""
         self.model.eval()
-        total = torch.zeros(self.block_size + 1, dtype=torch.float64)   # summed loss by position; windows
+        total = torch.zeros(self.block_size, dtype=torch.float64)
         mine, size = windows[RANK::WORLD_SIZE], self.config.batch_size // WORLD_SIZE
         for i in progress_bar(range(0, len(mine), size), desc=split, disable=not progress):
             idx, targets = data.get_batch(self.splits[split], mine[i:i + size], self.block_size, self.device)
             with self.autocast:
                 losses = self.model(idx, targets, reduction="none")[1]
-            total[:-1] += losses.sum(dim=0).cpu()
-            total[-1] += len(idx)
+            total += losses.sum(dim=0).cpu()
         if WORLD_SIZE > 1:
             dist.all_reduce(total)
         self.model.train()
-        return total[:-1] / total[-1]
+        return total / len(windows)
 
     def tokens_per_second(self):
         """Since the last evaluation."""
