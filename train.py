@@ -662,10 +662,9 @@ def load_checkpoint(path):
         raise UserError(f"no checkpoint at {path}: run `python train.py {key}` first")
     try:
         size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:      # compressed, which torch.save's is not, it could be huge
-            entries = archive.infolist()
-            if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > size:
-                raise ValueError("it is compressed")
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise ValueError("it is compressed")    # as torch.save's is not; it could be huge
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"of another version of this project, not of format {FORMAT_VERSION}")
