@@ -368,29 +368,29 @@ class Trainer:
             for p in self.model.parameters():
                 dist.broadcast(p.data, 0)
         by_position = self.evaluate("test", np.arange(self.n_windows["test"]), progress=IS_MAIN)
-        if IS_MAIN:
-            loss, test = by_position.mean().item(), self.facts["test"]
-            results = {
-                "test_loss": loss, "test_perplexity": perplexity(loss),
-                # comparable across tokenizers, unlike nats per token
-                "test_bits_per_character": loss / math.log(2) * test["tokens"] / test["characters"],
-                **{k: row[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
-                "best_step": row["step"], "steps": state.step, "tokens_seen": tokens,
-                "minutes": round(state.minutes, 2),
-                "tokens_per_second": round(tokens / max(state.minutes * 60, 1e-9), 1),
-                "peak_memory_gb": peak_memory_gb(self.device), "n_params": self.model.num_params(),
-                "device": device_name(self.device), "dtype": str(self.dtype).removeprefix("torch."),
-                "config": {**asdict(self.config), **asdict(self.model.config)},
-                "optimizers": [type(optimizer).__name__ for optimizer in self.optimizers],
-                "test_loss_by_position": [round(x, 4) for x in by_position.tolist()]}
-            write_json(self.out_dir / "results.json", results)
-            print(f"test loss {loss:.4f}, perplexity {perplexity(loss):.2f}, "
-                  f"{results['test_bits_per_character']:.3f} bits per character; "
-                  f"now try: python sample.py --out_dir={self.out_dir}")
-            if self.wandb_run:
-                may_fail("wandb", lambda: self.wandb_run.summary.update(
-                    {k: v for k, v in results.items() if k not in ("config", "test_loss_by_position")}))
-                may_fail("wandb", self.wandb_run.finish)
+        if not IS_MAIN:
+            return
+        loss, test = by_position.mean().item(), self.facts["test"]
+        bits = loss / math.log(2) * test["tokens"] / test["characters"]
+        results = {
+            "test_loss": loss, "test_perplexity": perplexity(loss),
+            "test_bits_per_character": bits,    # comparable across tokenizers, unlike nats per token
+            **{k: row[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
+            "best_step": row["step"], "steps": state.step, "tokens_seen": tokens,
+            "minutes": round(state.minutes, 2),
+            "tokens_per_second": round(tokens / max(state.minutes * 60, 1e-9), 1),
+            "peak_memory_gb": peak_memory_gb(self.device), "n_params": self.model.num_params(),
+            "device": device_name(self.device), "dtype": str(self.dtype).removeprefix("torch."),
+            "config": {**asdict(self.config), **asdict(self.model.config)},
+            "optimizers": [type(optimizer).__name__ for optimizer in self.optimizers],
+            "test_loss_by_position": [round(x, 4) for x in by_position.tolist()]}
+        write_json(self.out_dir / "results.json", results)
+        print(f"test loss {loss:.4f}, perplexity {perplexity(loss):.2f}, {bits:.3f} bits per character; "
+              f"now try: python sample.py --out_dir={self.out_dir}")
+        if self.wandb_run:
+            summary = {k: v for k, v in results.items() if k not in ("config", "test_loss_by_position")}
+            may_fail("wandb", lambda: self.wandb_run.summary.update(summary))
+            may_fail("wandb", self.wandb_run.finish)
 
     def start_wandb(self):
         """Log to Weights & Biases from now on; a resumed run goes on in its run there."""
