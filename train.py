@@ -237,11 +237,10 @@ class Trainer:
             windows = data.train_windows(self.n_windows["train"], state.step * n + i, config.batch_size,
                                          config.seed, RANK, WORLD_SIZE)
             idx, targets = data.get_batch(self.splits["train"], windows, self.block_size, self.device)
-            exchange = WORLD_SIZE == 1 or i == n - 1    # of gradients, between processes
-            with nullcontext() if exchange else self.ddp.no_sync():
-                with self.autocast:
-                    loss = self.forward(idx, targets)[1]
-                self.scaler.scale(loss / n).backward()
+            self.ddp.require_backward_grad_sync = i == n - 1    # exchange gradients once a step
+            with self.autocast:
+                loss = self.forward(idx, targets)[1]
+            self.scaler.scale(loss / n).backward()
             self.loss += loss.detach() / n
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
