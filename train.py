@@ -437,8 +437,7 @@ def schedule_at(config, state):
 
 def share_done(config, state):
     """How much of the budget is used, 1 at its end."""
-    return max(state.step / config.max_iters if config.max_iters else 0,
-               state.minutes / config.max_minutes if config.max_minutes else 0)
+    return max(state.step / (config.max_iters or math.inf), state.minutes / (config.max_minutes or math.inf))
 
 
 def make_optimizers(model, config, dtype=torch.float32):
