@@ -267,7 +267,6 @@ class Trainer:
     def evaluate_and_log(self):
         """Measure train and val loss, always on the same windows, spread over each split; keep the best."""
         self.check_finite()             # also waits for the device, so that speed is that of finished work
-        self.bar.set_description_str(f"{self.config.model}, evaluating")
         config, state, speed = self.config, self.state, self.tokens_per_second()
         row = {"step": state.step, "tokens_seen": state.step * self.tokens_per_step,
                "minutes": round(state.minutes, 4)}
@@ -290,17 +289,16 @@ class Trainer:
             self.bar.write(f"step {state.step}: train {row['train_loss']:.4f}, val {row['val_loss']:.4f}, "
                            f"perplexity {row['val_perplexity']:.2f}"
                            + (f", {speed:,.0f} tokens/s" if speed else ""))
-        self.bar.set_description_str(config.model, refresh=False)
         self.mark, self.mark_step = time.perf_counter(), state.step
 
     @torch.no_grad()
-    def evaluate(self, split, windows, progress=False):
+    def evaluate(self, split, windows):
         """Mean loss over these windows of a split, at each position of a window -> (T,) float64. Each process
         takes its share."""
         self.model.eval()
         total = torch.zeros(self.block_size, dtype=torch.float64)
         mine, size = windows[RANK::WORLD_SIZE], self.config.batch_size // WORLD_SIZE
-        for i in progress_bar(range(0, len(mine), size), desc=split, disable=not progress):
+        for i in progress_bar(range(0, len(mine), size), desc=split, delay=1, disable=not IS_MAIN):
             idx, targets = data.get_batch(self.splits[split], mine[i:i + size], self.block_size, self.device)
             with self.autocast:
                 losses = self.model(idx, targets, reduction="none")[1]
@@ -366,7 +364,7 @@ class Trainer:
         if WORLD_SIZE > 1:
             for p in self.model.parameters():
                 dist.broadcast(p.data, 0)
-        by_position = self.evaluate("test", np.arange(self.n_windows["test"]), progress=IS_MAIN)
+        by_position = self.evaluate("test", np.arange(self.n_windows["test"]))
         if not IS_MAIN:
             return
         loss, test = by_position.mean().item(), self.facts["test"]
