@@ -168,23 +168,20 @@ class Trainer:
 
     def run(self):
         """The whole run."""
+        config, state = self.config, self.state
         if IS_MAIN:
-            self.announce()
+            print(f"{config.model}: {self.model.num_params():,} parameters; data/{config.dataset}: "
+                  f"{len(self.splits['train']):,} training tokens; {self.tokens_per_step:,} tokens a step")
+            print(f"{device_name(self.device)}; {self.dtype} ({self.reason}); results in {self.out_dir}/")
+            if state.metrics:
+                print(f"resumed at step {state.step}, after {state.minutes:.1f} minutes")
+            if config.wandb_log:
+                may_fail("wandb", self.start_wandb)
         for signum in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
             if signal.getsignal(signum) != signal.SIG_IGN:      # nohup ignores SIGHUP: so it stays
                 signal.signal(signum, self.request_stop)
         self.train()
         self.finish()
-
-    def announce(self):
-        config, state = self.config, self.state
-        print(f"{config.model}: {self.model.num_params():,} parameters; data/{config.dataset}: "
-              f"{len(self.splits['train']):,} training tokens; {self.tokens_per_step:,} tokens a step")
-        print(f"{device_name(self.device)}; {self.dtype} ({self.reason}); results in {self.out_dir}/")
-        if state.metrics:
-            print(f"resumed at step {state.step}, after {state.minutes:.1f} minutes")
-        if config.wandb_log:
-            may_fail("wandb", self.start_wandb)
 
     def train(self):
         """Take steps until the budget is used up or a signal comes, with evaluations and saves in between."""
