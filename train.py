@@ -273,13 +273,13 @@ class Trainer:
             row[f"{split}_loss"] = loss = self.evaluate(split, windows).mean().item()
             self.check_finite(loss)
             row[f"{split}_perplexity"] = perplexity(loss)
-        row.update(learning_rate=config.learning_rate * schedule_at(config, state),
-                   tokens_per_second=round(speed, 1))
+        row["learning_rate"] = config.learning_rate * schedule_at(config, state)
+        row["tokens_per_second"] = round(speed, 1)
         state.metrics.append(row)
-        better = row["val_loss"] < state.best_val
-        state.best_val = min(state.best_val, row["val_loss"])
+        if row["val_loss"] < state.best_val:
+            state.best_val = row["val_loss"]
+            self.best = copy.deepcopy(self.checkpoint()) if IS_MAIN else None
         if IS_MAIN:
-            self.best = copy.deepcopy(self.checkpoint()) if better else self.best
             lines = "".join(json.dumps(row) + "\n" for row in state.metrics)
             write_whole(self.out_dir / "metrics.jsonl", lambda p: p.write_text(lines, encoding="utf-8"))
             self.log_wandb({k.replace("train_", "train/").replace("val_", "val/"): v for k, v in row.items()})
