@@ -338,9 +338,9 @@ class Trainer:
         write_whole(self.out_dir / "last.pt", lambda p: torch.save({**self.checkpoint(), **moments}, p))
 
     def restore(self, saved):
-        """Go on from last.pt, as load_checkpoint gives it. Raises UserError where the rest does not fit."""
+        """Go on from last.pt, as load_checkpoint gives it; its model is this one already. Raises UserError
+        where the rest does not fit."""
         try:
-            self.model.load_state_dict(saved["model"].state_dict())
             for optimizer, before in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(before)
             if saved["scaler"]:
@@ -348,6 +348,8 @@ class Trainer:
         except Exception as error:
             raise UserError(f"{self.out_dir}/last.pt is damaged ({first_line(error)})") from None
         self.state = saved["state"]
+        # a kill between two writes leaves a ckpt.pt that is newer
+        self.state.best_val = load_checkpoint(self.out_dir / "ckpt.pt")["state"].best_val
 
     def finish(self):
         """Score the best checkpoint on the whole test split, and write results.json, the last file."""
@@ -770,14 +772,13 @@ def start(keys, out_dir):
 
     check_sizes(config, model_config, splits)
     torch.manual_seed(config.seed)
-    trainer = Trainer(config, model_class(model_config).to(device), splits, meta["splits"])
+    model = saved["model"] if saved else model_class(model_config)
+    trainer = Trainer(config, model.to(device), splits, meta["splits"])
     if saved:
         trainer.restore(saved)
-        # a kill between two writes leaves a ckpt.pt that is newer
-        trainer.state.best_val = load_checkpoint(out_dir / "ckpt.pt")["state"].best_val
     elif IS_MAIN:
         new_folder(out_dir, trainer.model.summary(), data.dataset_folder(config.dataset) / "tokenizer")
-    del saved           # and its memory
+    del saved           # and the memory of its moments
     trainer.run()
     if WORLD_SIZE > 1:
         dist.barrier()  # together: else the last to leave can wait for ever
