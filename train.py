@@ -443,8 +443,7 @@ def make_optimizers(model, config, dtype=torch.float32):
     name = {"gpt": "muon", "lstm": "adamw"}[config.model] if config.optimizer == "auto" else config.optimizer
     if name == "adam":
         # As the report: every parameter decays, and the decay passes through Adam's division by the size of
-        # the gradient. Where gradients are small it is then the decay that is divided up to full step
-        # length.
+        # the gradient: where gradients are small, it grows to full step length.
         return [torch.optim.Adam(model.parameters(), lr, betas, weight_decay=decay)]
     # A token's row has a gradient only where the token occurs, so the embeddings bear longer steps.
     embeddings = [p for n, p in model.named_parameters() if n.startswith(("wte", "wpe"))]
@@ -546,11 +545,11 @@ def picture(path, n_panels, width, height, n_rows=1):
 def plot_curves(trainer, best):
     """Loss and perplexity on train and val against tokens seen; best: the line of metrics to mark."""
     config, metrics = trainer.config, trainer.state.metrics
+    million = [m["tokens_seen"] / 1e6 for m in metrics]
     with picture(trainer.out_dir / "learning_curves.png", 2, 12, 5) as (panels,):
         for panel, measure in zip(panels, ("loss", "perplexity")):
             for split, style in (("train", "--"), ("val", "-")):
-                million, values = zip(*((m["tokens_seen"] / 1e6, m[f"{split}_{measure}"]) for m in metrics))
-                panel.plot(million, values, style, label=split)
+                panel.plot(million, [m[f"{split}_{measure}"] for m in metrics], style, label=split)
             panel.plot(best["tokens_seen"] / 1e6, best[f"val_{measure}"], "ko",
                        label=f"best val {best[f'val_{measure}']:.4g}")
             panel.set(title=f"{config.model}, {config.recipe} recipe, data/{config.dataset}",
