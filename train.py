@@ -152,8 +152,7 @@ class Trainer:
         # In float16 small gradients vanish: there the loss is scaled up, and a step whose gradient then
         # overflows is left out, see train_step. Elsewhere the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.ddp = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-        self.forward = self.ddp
+        self.forward = self.ddp = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
         wanted = self.device.type == "cuda" if config.compile is None else config.compile
         if wanted and config.model == "gpt":    # to unroll the LSTM's loop takes longer than it saves
             fault = compile_fault(self.device)
@@ -313,8 +312,7 @@ class Trainer:
         """Show the loss of the last step, and the speed."""
         self.check_finite()
         loss, speed = self.loss.item(), self.tokens_per_second()
-        self.bar.set_postfix_str(f"step {self.state.step}, loss {loss:.3f}, {speed:,.0f} tokens/s",
-                                 refresh=False)
+        self.bar.postfix = f"step {self.state.step}, loss {loss:.3f}, {speed:,.0f} tokens/s"
         self.log_wandb({"train/loss": loss, "tokens_per_second": speed,
                         "tokens_seen": self.state.step * self.tokens_per_step})
 
@@ -338,8 +336,7 @@ class Trainer:
         write_whole(self.out_dir / "last.pt", lambda p: torch.save({**self.checkpoint(), **moments}, p))
 
     def restore(self, saved):
-        """Go on from last.pt, as load_checkpoint gives it; its model is this one already. Raises UserError
-        where the rest does not fit."""
+        """Take up the moments and the state of last.pt. Raises UserError where they do not fit."""
         try:
             for optimizer, before in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(before)
@@ -418,11 +415,8 @@ class Trainer:
 
 def schedule_at(config, state):
     """The share of the highest learning rate: linear warmup, then constant, or a cosine from 1 to
-    min_lr / learning_rate (Loshchilov and Hutter 2017).
-
-    The cosine follows max_iters where it is given: then a step depends on its number alone and can be
-    replayed. Otherwise it follows the clock.
-    """
+    min_lr / learning_rate (Loshchilov and Hutter 2017). The cosine follows max_iters where it is given, so
+    that a step depends on its number alone and can be replayed; else the clock."""
     if state.step < config.warmup_iters:
         return (state.step + 1) / config.warmup_iters
     if config.schedule == "constant":
