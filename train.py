@@ -714,17 +714,6 @@ def new_run(keys):
     return [mini, RECIPES[keys.get("recipe", "tuned")], keys, {"dataset": dataset}]
 
 
-def check_sizes(config, model_config, splits):
-    """Raises UserError where the data is too small for a step, before any memory is taken for the model."""
-    n_windows = {split: data.count_windows(t, model_config.block_size) for split, t in splits.items()}
-    sequences = config.batch_size * config.gradient_accumulation_steps
-    if min(n_windows.values()) < 1 or sequences > n_windows["train"]:
-        raise UserError(f"data/{config.dataset} is too small for steps of {sequences} windows of "
-                        f"{model_config.block_size} tokens: it holds {n_windows}")
-    if config.batch_size % WORLD_SIZE:
-        raise UserError(f"batch_size {config.batch_size} is no multiple of the number of processes")
-
-
 def main(argv):
     others = pformat({"mini": MINI, "--recipe=report": RECIPES["report"]}, width=100, sort_dicts=False)
     keys = data.parse_args(argv, f"{__doc__}\nOther defaults than those below:\n{others}\n",
@@ -762,8 +751,14 @@ def start(keys, out_dir):
     model_config = data.configure(config_class, {"vocab_size": meta["vocab_size"]}, *layers)
     if model_config.vocab_size < meta["vocab_size"]:
         raise UserError(f"vocab_size {model_config.vocab_size} is below the dataset's {meta['vocab_size']}")
+    n_windows = {split: data.count_windows(t, model_config.block_size) for split, t in splits.items()}
+    sequences = config.batch_size * config.gradient_accumulation_steps
+    if min(n_windows.values()) < 1 or sequences > n_windows["train"]:
+        raise UserError(f"data/{config.dataset} is too small for steps of {sequences} windows of "
+                        f"{model_config.block_size} tokens: it holds {n_windows}")
+    if config.batch_size % WORLD_SIZE:
+        raise UserError(f"batch_size {config.batch_size} is no multiple of the number of processes")
 
-    check_sizes(config, model_config, splits)
     torch.manual_seed(config.seed)
     model = saved["model"] if saved else model_class(model_config)
     trainer = Trainer(config, model.to(device), splits, meta["splits"])
