@@ -624,30 +624,21 @@ def test_batches_are_a_permutation_and_replay():
     assert [data.count_windows(numbers[:k], 20) for k in (20, 21, 40, 41)] == [0, 1, 1, 2]
 
 
-class HubHandler(http.server.SimpleHTTPRequestHandler):
-    """As much of the Hugging Face hub as a tokenizer needs: /OWNER/NAME/resolve/main/FILE."""
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        file = Path(self.directory) / self.path.rsplit("/", 1)[1]
-        found = "/resolve/main/" in self.path and file.is_file()
-        content = file.read_bytes() if found else b"{}"
-        self.send_response(200 if found or self.path == "/" else 404)
-        for key, value in (("X-Repo-Commit", "0" * 40), ("X-Error-Code", "" if found else "EntryNotFound"),
-                           ("ETag", f'"{len(content):040x}"'), ("Content-Length", str(len(content)))):
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-
 @contextmanager
-def served(handler_class, folder):
-    """Serve a folder on this machine alone, as long as the block lasts -> its URL."""
-    handler = functools.partial(handler_class, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+def served(folder):
+    """Serve the files of a folder, whatever path they are asked for under, on this machine alone and as long
+    as the block lasts -> the URL. The headers are those of the Hugging Face hub."""
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path):
+            return str(folder / Path(path).name)
+
+        def end_headers(self):
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.send_header("X-Error-Code", "EntryNotFound")       # read where the status is 404
+            self.send_header("ETag", f'"{Path(self.path).name}"')
+            super().end_headers()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"
@@ -658,7 +649,7 @@ def served(handler_class, folder):
 def test_a_hub_tokenizer_is_fetched_once_and_then_found_offline(work, empty):
     keys = ["--dataset=tiny", f"--source={work}/tiny.jsonl"]        # the default tokenizer, from the hub
     env = {"HF_HOME": str(empty / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    with served(HubHandler, work / "data/tiny/tokenizer") as env["HF_ENDPOINT"]:
+    with served(work / "data/tiny/tokenizer") as env["HF_ENDPOINT"]:
         command("data.py", *keys, env=env)
     first = data.load_dataset("tiny")[0]
     assert first["tokenizer"] == "speakleash/Bielik-4.5B-v3" and first["vocab_size"] == 512
@@ -667,7 +658,6 @@ def test_a_hub_tokenizer_is_fetched_once_and_then_found_offline(work, empty):
 
 
 def test_plwiki_through_the_real_speakleash_client(work, empty, monkeypatch):
-    import zstandard
     from speakleash.config_loader import ConfigLoader
     rows = [{"text": f"{quality} artykuł {i}. " + "Treść hasła. " * 9, "meta": {"quality": quality}}
             for i in range(60) for quality in ("HIGH", "MEDIUM", "LOW")]
@@ -675,7 +665,7 @@ def test_plwiki_through_the_real_speakleash_client(work, empty, monkeypatch):
     Path("plwiki.jsonl.zst").write_bytes(packed)
     Path("speakleash.json").write_text('[{"name": "plwiki"}]')
     Path("plwiki.manifest").write_text(json.dumps({"stats": {"documents": 180}, "file_size": len(packed)}))
-    with served(http.server.SimpleHTTPRequestHandler, empty) as url:
+    with served(empty) as url:
         urls = {"url_datasets_text_pl": f"{url}/"}
         monkeypatch.setattr(ConfigLoader, "load_config", staticmethod(lambda: urls))
         data.main(["--dataset=plwiki", f"--tokenizer={work}/data/tiny/tokenizer", "--n_docs=50"])
