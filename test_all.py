@@ -1467,24 +1467,17 @@ def expanded(checkpoint):
     return {"model_config": config, "model": {k: torch.zeros(1).expand(v.shape) for k, v in large.items()}}
 
 
-def overlapping(path):
-    """Two hundred names for the largest entry, each of which is read into memory of its own."""
-    with zipfile.ZipFile(path) as before, zipfile.ZipFile("many", "w") as after:
+def zipped_anew(path, method=zipfile.ZIP_STORED, names=0):
+    """The same entries: deflated they can unpack to any size; or with further names for the largest, under
+    each of which it is read into memory of its own."""
+    with zipfile.ZipFile(path) as before, zipfile.ZipFile("anew.zip", "w", method) as after:
         for entry in before.infolist():
             after.writestr(entry.filename, before.read(entry))
         largest = max(after.filelist, key=lambda entry: entry.file_size)
-        for i in range(200):
+        for i in range(names):
             after.filelist.append(copy.copy(largest))
             after.filelist[-1].filename = f"{largest.filename}{i}"
-    return Path("many").read_bytes()
-
-
-def compressed(path):
-    """The same entries, which now can unpack to any size."""
-    with zipfile.ZipFile(path) as before, zipfile.ZipFile("small", "w", zipfile.ZIP_DEFLATED) as after:
-        for entry in before.infolist():
-            after.writestr(entry.filename, before.read(entry))
-    return Path("small").read_bytes()
+    return Path("anew.zip").read_bytes()
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "compressed", "overlapping", *DAMAGES])
@@ -1496,8 +1489,8 @@ def test_damaged_checkpoints_are_refused(damage, here, tmp_path):
         torch.save(checkpoint, path)
     else:
         path.write_bytes({"cut": raw[:len(raw) // 2], "text": b"ala ma kota", "empty": b"",
-                          "compressed": compressed("outputs/transformer/ckpt.pt"),
-                          "overlapping": overlapping("outputs/transformer/ckpt.pt")}[damage])
+                          "compressed": zipped_anew("outputs/transformer/ckpt.pt", zipfile.ZIP_DEFLATED),
+                          "overlapping": zipped_anew("outputs/transformer/ckpt.pt", names=200)}[damage])
     refuses("ckpt.pt is damaged", train.load_checkpoint, path)
     assert not Path("ran").exists()
 
