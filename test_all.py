@@ -863,47 +863,49 @@ def test_damaged_data_folders_are_refused(damage, spoilable):
 # ----------------------------------------------------------------------------------------------------
 # The command line
 
+CONFIGS = {data: [data.DataConfig], sample: [sample.SampleConfig], bench: [bench.BenchConfig],
+           train: [TrainConfig, GPTConfig, LSTMConfig]}
 MISTAKES = [
-    ("train", "--learning_rat=1e-3", "did you mean --learning_rate?"),
-    ("train", "--learning=1e-3", "unknown key --learning,"),
-    ("train", "--two\nlines=1", "unknown key --two lines"),
-    ("train", "--n_head=4 --model=lstm", "unknown key --n_head"),
-    ("train", "batch_size=3", "did you mean --batch_size?"),
-    ("train", "--batch_size", "--batch_size"),
-    ("train", "--batch_size=2.5", "--batch_size"),
-    ("train", "--batch_size=0", "batch_size must be at least 1"),
-    ("train", "--wandb_log=maybe", "--wandb_log"),
-    ("train", "--model=rnn", "--model: invalid choice"),
-    ("train", "--dataset=nothere", "python data.py --dataset=nothere"),
-    ("train", "--dataset=../tiny", "of letters"),
-    ("data", "--dataset=previous --source=tiny.jsonl", "choose another name"),
-    ("train", "--dataset=tiny --vocab_size=7", "below the dataset's"),
-    ("train", "--dataset=tiny --block_size=10000", "too small"),
-    ("train", "--dataset=tiny --block_size=100000000000000", "too small"),
-    ("train", "--dataset=tiny --n_head=7", "n_head"),
-    ("train", "--dataset=tiny --n_layer=1000000000", "n_layer must be at most 1000"),
-    ("train", "--dataset=tiny --max_minutes=0", "max_iters"),
-    ("train", "--out_dir=.", "--out_dir"),
-    ("train", "--out_dir=out/new\nline", "printable"),
-    ("train", "--out_dir=out/\udcff", "printable"),
-    ("train", "--init_from=resume --out_dir=out/none", "no checkpoint"),
-    ("train", "--init_from=resume --batch_size=9", "has --batch_size=8, not 9"),
-    ("train", "--init_from=resume --out_dir=outputs/transformer --model=lstm", "has --model=gpt, not lstm"),
-    ("train", "--init_from=resume --out_dir=outputs/rnn --n_head=5", "--n_head"),
-    ("train", "--init_from=resume --n_layer=3", "has --n_layer=2, not 3"),
-    ("sample", f"--device={'cuda' if torch.backends.mps.is_available() else 'mps'}", "there is none here"),
-    ("sample", "--prompt=", "prompt is empty"),
-    ("sample", "--top_p=1.5", "top_p"),
-    ("sample", "--temperature=inf", "finite"),
-    ("sample", "--compile=True --device=cpu", "needs --device=cuda"),
-    ("sample", "--out_dir=out/none", "python train.py"),
-    ("sample", "--model=lstm --out_dir=outputs/transformer", "holds a gpt"),
-    ("bench", "--device=tpu", "--device: invalid choice"),
-    ("bench", "--compare=True --out_dir=nothere", "no finished run"),
-    ("data", "--dataset=books", "needs --source"),
-    ("data", "--source=nothere.txt --tokenizer=train", "no such .jsonl"),
-    ("data", "--dataset=x --source=tiny.jsonl --tokenizer=train --vocab_size=70000", "512 to 65536"),
-    ("data", "--dataset=x --source=tiny.jsonl --tokenizer=outputs", "cannot load the tokenizer"),
+    (train, "--learning_rat=1e-3", "did you mean --learning_rate?"),
+    (train, "--learning=1e-3", "unknown key --learning,"),
+    (train, "--two\nlines=1", "unknown key --two lines"),
+    (train, "--n_head=4 --model=lstm", "unknown key --n_head"),
+    (train, "batch_size=3", "did you mean --batch_size?"),
+    (train, "--batch_size", "--batch_size"),
+    (train, "--batch_size=2.5", "--batch_size"),
+    (train, "--batch_size=0", "batch_size must be at least 1"),
+    (train, "--wandb_log=maybe", "--wandb_log"),
+    (train, "--model=rnn", "--model: invalid choice"),
+    (train, "--dataset=nothere", "python data.py --dataset=nothere"),
+    (train, "--dataset=../tiny", "of letters"),
+    (data, "--dataset=previous --source=tiny.jsonl", "choose another name"),
+    (train, "--dataset=tiny --vocab_size=7", "below the dataset's"),
+    (train, "--dataset=tiny --block_size=10000", "too small"),
+    (train, "--dataset=tiny --block_size=100000000000000", "too small"),
+    (train, "--dataset=tiny --n_head=7", "n_head"),
+    (train, "--dataset=tiny --n_layer=1000000000", "n_layer must be at most 1000"),
+    (train, "--dataset=tiny --max_minutes=0", "max_iters"),
+    (train, "--out_dir=.", "--out_dir"),
+    (train, "--out_dir=out/new\nline", "printable"),
+    (train, "--out_dir=out/\udcff", "printable"),
+    (train, "--init_from=resume --out_dir=out/none", "no checkpoint"),
+    (train, "--init_from=resume --batch_size=9", "has --batch_size=8, not 9"),
+    (train, "--init_from=resume --out_dir=outputs/transformer --model=lstm", "has --model=gpt, not lstm"),
+    (train, "--init_from=resume --out_dir=outputs/rnn --n_head=5", "--n_head"),
+    (train, "--init_from=resume --n_layer=3", "has --n_layer=2, not 3"),
+    (sample, f"--device={'cuda' if torch.backends.mps.is_available() else 'mps'}", "there is none here"),
+    (sample, "--prompt=", "prompt is empty"),
+    (sample, "--top_p=1.5", "top_p"),
+    (sample, "--temperature=inf", "finite"),
+    (sample, "--compile=True --device=cpu", "needs --device=cuda"),
+    (sample, "--out_dir=out/none", "python train.py"),
+    (sample, "--model=lstm --out_dir=outputs/transformer", "holds a gpt"),
+    (bench, "--device=tpu", "--device: invalid choice"),
+    (bench, "--compare=True --out_dir=nothere", "no finished run"),
+    (data, "--dataset=books", "needs --source"),
+    (data, "--source=nothere.txt --tokenizer=train", "no such .jsonl"),
+    (data, "--dataset=x --source=tiny.jsonl --tokenizer=train --vocab_size=70000", "512 to 65536"),
+    (data, "--dataset=x --source=tiny.jsonl --tokenizer=outputs", "cannot load the tokenizer"),
 ]
 
 
@@ -912,8 +914,8 @@ def test_mistakes_end_in_one_clear_line(script, keys, message, here):
     def files():
         return {p for p in here.rglob("*") if "out" not in p.relative_to(here).parts and p.suffix != ".lock"}
 
-    main, before = {"train": train, "sample": sample, "bench": bench, "data": data}[script].main, files()
-    refuses(re.escape(message), main, keys.split(" "))
+    before = files()
+    refuses(re.escape(message), script.main, keys.split(" "))
     assert files() == before
 
 
@@ -953,15 +955,13 @@ def test_keys_are_of_their_fields_types():
         refuses(f"--{list(layer)[0]}=.*: must be", data.configure, TrainConfig, layer)
 
 
-@pytest.mark.parametrize("module, classes", [
-    (data, [data.DataConfig]), (sample, [sample.SampleConfig]), (bench, [bench.BenchConfig]),
-    (train, [TrainConfig, GPTConfig, LSTMConfig])])
-def test_help_lists_every_key_with_default_and_meaning(module, classes, capsys):
+@pytest.mark.parametrize("script", CONFIGS)
+def test_help_lists_every_key_with_default_and_meaning(script, capsys):
     with pytest.raises(SystemExit) as end:
-        module.main(["--help"])
+        script.main(["--help"])
     text = capsys.readouterr().out
     assert not end.value.code and max(map(len, text.splitlines())) <= 110 and "def " not in text
-    for config in classes:
+    for config in CONFIGS[script]:
         for f in fields(config):
             shown = re.findall(rf"^    {f.name}: .*? = (.+?) +# .{{8}}", text, re.M)
             assert f.default in map(ast.literal_eval, shown), f.name
@@ -1778,10 +1778,6 @@ def test_comparing_runs(work, empty, capsys):
     refuses("of an older version", bench.main, ["--compare=True"])
 
 
-CONFIGS = {"data.py": [data.DataConfig], "sample.py": [sample.SampleConfig], "bench.py": [bench.BenchConfig],
-           "train.py": [TrainConfig, GPTConfig, LSTMConfig]}
-
-
 @pytest.mark.parametrize("readme, least", [("README.md", 12), ("outputs/README.md", 0)])
 def test_readme_commands_and_keys_exist(readme, least):
     """What a README tells its reader to type is parsed by the scripts as they are."""
@@ -1792,15 +1788,15 @@ def test_readme_commands_and_keys_exist(readme, least):
     shell = 'python() { echo "$*"; }\ntorchrun() { echo "$*"; }\npip() { :; }\n' + blocks
     typed = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
     inline = re.findall(r"`(?:python|torchrun) ([^`]+\.py[^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S))
-    found = re.findall(r"(\w+\.py)((?: --\S+)*)", "\n".join([typed, *inline]))
+    found = re.findall(r"(\w+)\.py((?: --\S+)*)", "\n".join([typed, *inline]))
     assert len(found) > least
     for script, keys in found:
         keys = [key for key in keys.split() if key != "--help"]
-        if script == "train.py":
+        if script == "train":
             classes = [TrainConfig, LSTMConfig if "--model=lstm" in keys else GPTConfig]
             data.configure(classes[1], data.parse_args(keys, "", *classes))
-        elif script != "test_all.py":
-            data.parse_args(keys, "", *CONFIGS[script])
+        elif script != "test_all":
+            data.parse_args(keys, "", *CONFIGS[sys.modules[script]])
     known = {f.name for classes in CONFIGS.values() for config in classes for f in fields(config)}
     known |= {"key", "help", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
     assert set(re.findall(r"(?<![\w-])--(\w+)", re.sub(r"^pip .*$", "", text, flags=re.M))) <= known
