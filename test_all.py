@@ -777,12 +777,14 @@ def test_a_source_of_5_gb_is_prepared_in_less_than_1_gb(empty):
     assert status == 0 and x < 1
 
 
-def test_a_killed_preparation_leaves_the_old_dataset_or_none(work, empty):
+def test_an_old_dataset_outlives_a_killed_preparation_and_a_whole_one_sets_it_aside(work, empty):
     write_jsonl("new.jsonl", data.write_mini(9, 4000))
     keys = ["--dataset=new", "--source=new.jsonl", "--tokenizer=train", "--vocab_size=1000"]
     for before in (False, True):        # nothing there yet; then an older dataset
         if before:
             shutil.copytree(work / "data/tiny", "data/new")
+            Path("data/new/notes.txt").write_text("moje")
+            older = files_of("data/new")
         process = subprocess.Popen([sys.executable, str(HERE / "data.py"), *keys], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
         while process.poll() is None and not list(empty.glob("data/.new-*/new/train.bin")):
@@ -790,15 +792,10 @@ def test_a_killed_preparation_leaves_the_old_dataset_or_none(work, empty):
         process.kill()
         assert process.wait() == -signal.SIGKILL and Path("data/new").exists() == before
         shutil.rmtree(next(empty.glob("data/.new-*")))
-    assert files_of("data/new") == files_of(work / "data/tiny")
-
-
-def test_preparing_again_sets_the_last_dataset_aside_whole(spoilable, work):
-    Path("data/tiny/notes.txt").write_text("moje")
-    before = files_of("data/tiny")
-    prepare("tiny", f"{work}/tiny.jsonl")
+    assert files_of("data/new") == older
+    prepare("new", work / "tiny.jsonl")
     aside, = Path("data/previous").iterdir()
-    assert files_of(aside) == before and "notes.txt" not in files_of("data/tiny")
+    assert files_of(aside) == older and "notes.txt" not in files_of("data/new")
 
 
 def test_a_tokenizer_folder_never_runs_its_code(work, empty):
