@@ -1205,14 +1205,12 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
     (facts, tensors), (facts_again, tensors_again) = all_of_a_run(whole), all_of_a_run(cut)
     assert facts == facts_again and len(facts[2]) > 20
     assert len(tensors) == len(tensors_again) and all(map(torch.equal, tensors, tensors_again))
-    Path(cut, "results.json").unlink()          # as if killed in the final test
-    in_one_go(cut, "--init_from=resume")
-    assert all_of_a_run(cut)[0] == facts
 
 
 def test_resuming_a_finished_run_changes_nothing_and_what_does_not_fit_is_refused(here):
     run_tiny("gpt", "out/finished", "--max_iters=4")
     before, last = all_of_a_run("out/finished"), saved_in("out/finished")
+    Path("out/finished/results.json").unlink()      # as if killed in the final test
     resume("out/finished")
     facts, tensors = all_of_a_run("out/finished")
     assert facts == before[0] and all(map(torch.equal, tensors, before[1]))
