@@ -19,7 +19,7 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import fields, make_dataclass
 from pathlib import Path
 from unittest import mock
@@ -174,16 +174,13 @@ def texts_of(dataset):
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
     """A folder with data/tiny prepared from 400 articles, and a short trained run of each model."""
-    folder, back = tmp_path_factory.mktemp("work"), os.getcwd()
-    os.chdir(folder)
-    try:
+    folder = tmp_path_factory.mktemp("work")
+    with chdir(folder):
         write_jsonl("tiny.jsonl", data.write_mini(7, 400))
         prepare("tiny", "tiny.jsonl")
         for name in SIZES:
             train.main([f"--model={name}", "--dataset=tiny", *SIZES[name], "--max_iters=30", "--batch_size=8",
                         "--eval_interval=10", "--eval_iters=2", "--learning_rate=5e-3", "--warmup_iters=5"])
-    finally:
-        os.chdir(back)
     return folder
 
 
