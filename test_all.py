@@ -1575,11 +1575,6 @@ def test_any_spoiled_dataset_or_tokenizer_is_used_or_refused(spoilable, draws):
         path.write_bytes(original)
 
 
-@functools.cache
-def checkpoint_of(path):
-    return torch.load(path, weights_only=True)
-
-
 @FUZZ
 @given(st.data())
 def test_any_spoiled_checkpoint_is_used_or_refused(spoilable, work, draws):
@@ -1592,20 +1587,19 @@ def test_any_spoiled_checkpoint_is_used_or_refused(spoilable, work, draws):
     if bytes_alone:
         path.write_bytes(spoil_bytes((work / path).read_bytes(), draw))
     else:
-        part = checkpoint = copy.deepcopy(checkpoint_of(work / path))
+        part = checkpoint = saved_in(work / path.parent, file)
         while True:
             key = draw(st.sampled_from(range(len(part)) if type(part) is list else list(part)))
             if type(part[key]) not in (dict, list) or not part[key] or draw(st.integers(0, 5)) == 0:
                 break
             part = part[key]
         action = draw(st.sampled_from(["replace", "replace", "replace", "delete", "rename"]))
-        value = part[key]
         if action == "replace":
             part[key] = draw(ODD)
+        elif action == "rename" and type(part) is dict:
+            part[draw(st.sampled_from(["x", 0, 10 ** 12]))] = part.pop(key)
         else:
             del part[key]
-        if action == "rename" and type(part) is dict:
-            part[draw(st.sampled_from(["x", 0, 10 ** 12]))] = value
         torch.save(checkpoint, path)
     survives(sample.main, [f"--model={name}", "--max_new_tokens=2"])
     if bytes_alone:
