@@ -252,33 +252,6 @@ def test_forward_gives_logits_and_the_loss_in_bfloat16_too(name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_gpt_equals_hugging_face():
-    """Same weights, zero biases where ours has none: same logits, same gradient of every parameter."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    ours, c = make("gpt"), TINY["gpt"]
-    theirs = GPT2LMHeadModel(GPT2Config(
-        vocab_size=c["vocab_size"], n_positions=c["block_size"], n_embd=c["n_embd"], n_layer=c["n_layer"],
-        n_head=c["n_head"], tie_word_embeddings=False, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).eval()
-    params = dict(theirs.named_parameters())
-    pairs = []      # our parameter, theirs, and whether theirs is the transpose (Conv1D)
-    for n, p in ours.named_parameters():
-        other = n if n.startswith("lm_head") else "transformer." + n.replace("blocks.", "h.")
-        pairs.append((p, params[other], n.startswith("blocks") and p.dim() == 2))
-    with torch.no_grad():
-        for p in params.values():
-            p.zero_()
-        for p, other, transposed in pairs:
-            other.copy_(p.t() if transposed else p)
-    idx, targets = inputs_and_targets()
-    logits, loss = ours(idx, targets)
-    expected = theirs(idx).logits
-    assert close([logits], [expected], 1e-4)
-    loss.backward()
-    nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
-    for p, other, transposed in pairs:
-        assert close([p.grad], [other.grad.t() if transposed else other.grad], 1e-4)
-
-
 def outputs_and_gradients(outputs, parameters):
     """The outputs, and gradients to which each of them contributes."""
     generator = torch.Generator().manual_seed(2)
@@ -1648,24 +1621,43 @@ def test_sample_streams_text_and_repeats_itself(name, work, empty, capsys):
     refuses("tokenizer is missing", sample.main, [f"--model={name}"])
 
 
+def export(name, weights):
+    """Put weights into a run's best checkpoint, and export it to the folder away."""
+    path = Path(train.MODELS[name][2], "ckpt.pt")
+    torch.save({**saved_in(path.parent, path.name), "model": weights}, path)
+    sample.main([f"--model={name}", "--export=away"])
+
+
 @BOTH
-def test_an_exported_model_says_the_same_elsewhere(name, work, empty):
-    """The GPT in transformers, loaded as any GPT-2; the LSTM layer by layer in nn.LSTM."""
+def test_an_exported_model_is_the_same_elsewhere(name, spoilable):
+    """The GPT in transformers, loaded as any GPT-2: logits, text, and the gradient of every parameter. The
+    LSTM layer by layer in nn.LSTM."""
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    shutil.copytree(work / "outputs", "outputs")
-    sample.main([f"--model={name}", "--export=away/model"])
     ours = train.load_checkpoint(Path(train.MODELS[name][2], "ckpt.pt"))["model"]
-    tok = AutoTokenizer.from_pretrained("away/model")
-    idx = tok("Dawno temu", return_tensors="pt").input_ids
+    torch.manual_seed(0)
+    for p in ours.parameters():
+        p.data.normal_(std=0.4)         # so large that outputs differ clearly
+    export(name, ours.state_dict())
+    tok = AutoTokenizer.from_pretrained("away")
+    idx = tok("Dawno temu nad rzeką", return_tensors="pt").input_ids
     assert idx[0, 0] == tok.bos_token_id and (idx[0, 1:] != tok.bos_token_id).all()
+    logits, loss = ours(idx, idx)
     if name == "gpt":
-        theirs = AutoModelForCausalLM.from_pretrained("away/model").eval()
-        assert close([ours(idx, idx)[0]], [theirs(idx).logits], 1e-4)
+        theirs = AutoModelForCausalLM.from_pretrained("away").eval()
+        expected = theirs(idx).logits
+        assert close([logits], [expected], 1e-4)
         greedy = theirs.generate(idx, do_sample=False, max_new_tokens=20, eos_token_id=None)
         assert torch.equal(continuation(ours, idx, 20, "cached", temperature=0), greedy[:, idx.size(1):])
+        nn.functional.cross_entropy(expected.flatten(0, 1), idx.flatten()).backward()
+        loss.backward()
+        export(name, {key: p.grad for key, p in ours.named_parameters()})   # so they get their names there
+        gradients = AutoModelForCausalLM.from_pretrained("away").named_parameters()
+        for (key, gradient), p in zip(gradients, theirs.parameters(), strict=True):
+            # their attention has biases, zero where ours has none
+            assert close([gradient], [p.grad], 1e-4) or ".attn." in key and key.endswith("bias")
         return
-    with safe_open("away/model/model.safetensors", "pt") as file:
+    with safe_open("away/model.safetensors", "pt") as file:
         assert file.metadata()["residual"].startswith("True: ")
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     x = tensors["wte.weight"][idx]
@@ -1676,7 +1668,7 @@ def test_an_exported_model_says_the_same_elsewhere(name, work, empty):
         lstm.load_state_dict(weights)
         y = lstm(x)[0]
         x = x + y if x.shape == y.shape else y
-    assert close([ours(idx, idx)[0]], [x @ tensors["lm_head.weight"].t() + tensors["lm_head.bias"]], 1e-4)
+    assert close([logits], [x @ tensors["lm_head.weight"].t() + tensors["lm_head.bias"]], 1e-4)
 
 
 @pytest.fixture
