@@ -56,7 +56,7 @@ TINY = {"gpt": {"block_size": 16, "vocab_size": 40, "n_layer": 2, "n_head": 2, "
         "lstm": {"block_size": 16, "vocab_size": 40, "n_layer": 3, "n_embd": 12, "n_hidden": 20}}
 # the same as keys, for runs on the tiny dataset below
 SIZES = {"gpt": ["--block_size=32", "--n_layer=2", "--n_head=2", "--n_embd=32"],
-         "lstm": ["--block_size=32", "--n_layer=2", "--n_embd=32", "--n_hidden=32"]}
+         "lstm": ["--block_size=32", "--n_layer=2", "--n_embd=24", "--n_hidden=32"]}
 
 
 def make(name, **changes):
@@ -287,15 +287,6 @@ def test_lstm_equals_nn_lstm(recurrence, dtype, tolerance):
     expected, (h, c) = theirs(x, (h0, c0))
     want = outputs_and_gradients((expected, h, c), [x, h0, c0, *theirs.parameters()])
     assert all((a - b).norm() <= tolerance * (1 + b.norm()) for a, b in zip(got, want, strict=True))
-
-
-def test_lstm_residual_adds_the_identity_and_no_parameter():
-    plain, skip = make("lstm", residual=False), make("lstm", residual=True)
-    assert plain.num_params() == skip.num_params()
-    x, state = torch.randn(4, 2, 20), torch.zeros(2, 20)
-    with_skip, without = (m.blocks[1](x, state, state, scan_recurrence)[0] for m in (skip, plain))
-    assert close([with_skip], [x + without])
-    assert not skip.blocks[0].residual      # 12 channels in, 20 out: no identity there
 
 
 @pytest.mark.parametrize("T, S", [(8, 8), (1, 8), (3, 8)])
@@ -1631,7 +1622,7 @@ def export(name, weights):
 @BOTH
 def test_an_exported_model_is_the_same_elsewhere(name, spoilable):
     """The GPT in transformers, loaded as any GPT-2: logits, text, and the gradient of every parameter. The
-    LSTM layer by layer in nn.LSTM."""
+    LSTM layer by layer in nn.LSTM, with the identity added between those of equal width."""
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
     ours = train.load_checkpoint(Path(train.MODELS[name][2], "ckpt.pt"))["model"]
