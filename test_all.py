@@ -1088,8 +1088,9 @@ def all_of_a_run(folder):
     differ = {"minutes", "tokens_per_second", "peak_memory_gb", "out_dir", "init_from", "save_minutes"}
     facts = [{k: v for k, v in part.items() if k not in differ}
              for part in (results.pop("config"), results, last["scaler"], *last["state"]["metrics"])]
-    facts += [last["state"]["step"], last["state"]["best_val"], best["state"]["step"]]
-    return facts, [*last["model"].values(), *best["model"].values(), *moments_of(last)]
+    tensors = *last["model"].values(), *best["model"].values(), *moments_of(last)
+    return [*facts, last["state"]["step"], last["state"]["best_val"], best["state"]["step"],
+            *(hash(t.numpy().tobytes()) for t in tensors)]
 
 
 def moments_of(last):
@@ -1148,9 +1149,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
             saved_in(cut, path.name)
     assert saved_in(cut)["state"]["step"] > 0
     in_one_go(cut, "--init_from=resume", "--save_minutes=1")
-    (facts, tensors), (facts_again, tensors_again) = all_of_a_run(whole), all_of_a_run(cut)
-    assert facts == facts_again and len(facts) > 26
-    assert len(tensors) == len(tensors_again) and all(map(torch.equal, tensors, tensors_again))
+    assert all_of_a_run(cut) == all_of_a_run(whole) and len(metrics_of(cut)) > 20
 
 
 def test_resuming_a_finished_run_changes_nothing_and_what_does_not_fit_is_refused(here):
@@ -1158,8 +1157,7 @@ def test_resuming_a_finished_run_changes_nothing_and_what_does_not_fit_is_refuse
     before, last = all_of_a_run("out/finished"), saved_in("out/finished")
     Path("out/finished/results.json").unlink()      # as if killed in the final test
     resume("out/finished")
-    facts, tensors = all_of_a_run("out/finished")
-    assert facts == before[0] and all(map(torch.equal, tensors, before[1]))
+    assert all_of_a_run("out/finished") == before
     one = {**last, "optimizers": last["optimizers"][:1]}
     other = {**last, "data_sha256": "0"}
     for damaged, message in ((one, "is damaged"), (other, "prepared anew")):
