@@ -1194,13 +1194,14 @@ def test_without_a_c_compiler_a_run_goes_on_uncompiled(monkeypatch, capsys):
 
 
 def spoil_gradients(monkeypatch, bad, forward=GPT.forward):
-    """From now on the GPT's gradient is NaN at the training steps in bad, counted from 0."""
+    """From now on the gradient of the GPT's wpe alone, so that of one optimizer among several, is NaN at the
+    training steps in bad, counted from 0."""
     steps = itertools.count()
 
     def spoiled(self, *args, **kwargs):
         logits, loss = forward(self, *args, **kwargs)
         if self.training and next(steps) in bad:
-            loss = loss + (0 * loss).sqrt()     # the derivative of a root at 0, times 0
+            loss = loss + (0 * self.wpe.weight.sum()).sqrt()    # the derivative of a root at 0, times 0
         return logits, loss
 
     monkeypatch.setattr(GPT, "forward", spoiled)
