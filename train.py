@@ -40,7 +40,7 @@ from data import UserError, first_line, progress_bar
 from model_gpt import GPT, GPTConfig
 from model_lstm import LSTM, LSTMConfig
 
-FORMAT_VERSION = 8      # of the checkpoints; raised when an older one can no longer be read
+FORMAT_VERSION = 9      # of the checkpoints; raised when an older one can no longer be read
 # key: (class, config, default folder, named as the report names it)
 MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
 # Which of how many processes this is, as torchrun says. The first one writes and prints.
@@ -476,18 +476,15 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            ahead = []
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["mean"] = torch.zeros_like(p)
-                mean = self.state[p]["mean"]
-                mean.lerp_(p.grad, 1 - self.momentum)
-                ahead.append(p.grad.lerp(mean, self.momentum))  # as Nesterov: where the mean will be next
-            ahead = torch.stack(ahead)      # one batch: a GPU need not wait for hundreds of launches
-            for p, step in zip(group["params"], orthogonal(ahead.to(self.dtype)).to(ahead.dtype)):
-                p.mul_(1 - group["lr"] * self.weight_decay)
-                p.add_(step, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+        for group in self.param_groups:     # as one batch: a GPU need not wait for hundreds of launches
+            params, lr = group["params"], group["lr"]
+            grads, kept = torch.stack([p.grad for p in params]), self.state[params[0]]
+            if not kept:
+                kept["mean"] = torch.zeros_like(grads)
+            mean = kept["mean"].lerp_(grads, 1 - self.momentum)
+            ahead = grads.lerp(mean, self.momentum)     # as Nesterov: where the mean will be next
+            for p, step in zip(params, orthogonal(ahead.to(self.dtype)).to(ahead.dtype)):
+                p.mul_(1 - lr * self.weight_decay).add_(step, alpha=-0.2 * max(p.shape) ** 0.5 * lr)
 
 
 def orthogonal(x):
