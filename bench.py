@@ -163,6 +163,7 @@ def bench_training(name, device, config):
             continue
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        torch.manual_seed(0)
         model = model_class(data.configure(MODELS[name][1], keys)).to(device)
         settings = data.configure(TrainConfig, keys, {"model": name, "batch_size": config.batch_size})
         n_tokens = config.batch_size * model.config.block_size + 1

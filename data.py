@@ -5,7 +5,8 @@
     python data.py --dataset=books --source=FILE --tokenizer=train      # your .jsonl, .jsonl.zst or .txt
     python data.py --help
 
-Knows nothing of models. The command line below is that of every script; the appendix is the grammar of mini.
+Knows nothing of models. Also holds what reads every script's command line, and, as an appendix, the grammar
+of mini.
 """
 import argparse
 import difflib
@@ -74,7 +75,8 @@ def prepare(config):
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
     if source and not (Path(source).is_file() and source.endswith((".jsonl", ".jsonl.zst", ".txt"))):
         raise UserError(f"--source={source}: no such .jsonl, .jsonl.zst or .txt file")
-    tok = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)  # fails before a download
+    # now, for what fails here should not fail after a download
+    tok = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
     if not source and config.dataset == "plwiki":
         source = fetch_plwiki(target.parent / "speakleash")
 
@@ -411,8 +413,9 @@ def parse_args(argv, doc, *configs):
         raise UserError(f"{error} (see --help)".removeprefix("argument ")) from None
     if unknown:
         key = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(key, [f"--{known}" for known in kinds], 1)
-        raise UserError(f"unknown key {key}" + (f", did you mean {near[0]}?" if near else " (see --help)"))
+        near = difflib.get_close_matches(key.removeprefix("--"), kinds, 1)
+        instead = f", did you mean --{near[0]}?" if near else ": keys are --key=value, see --help"
+        raise UserError(f"unknown key {key}{instead}")
     return vars(values)
 
 

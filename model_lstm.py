@@ -217,7 +217,8 @@ class LSTM(nn.Module):
         return logits.detach(), loss if reduction == "mean" else loss.view_as(targets)
 
     def init_state(self, batch_size):
-        """(h, c), each (n_layer, B, H), c float32 at least: all it knows of its past. Zeroing empties it."""
+        """(h, c), each (n_layer, B, H), c float32 at least: all that the model knows of its past. Zeroing
+        both empties it."""
         h = self.wte.weight.new_zeros(self.config.n_layer, batch_size, self.config.n_hidden)
         return h, torch.zeros_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
 

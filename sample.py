@@ -98,7 +98,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
             advance(model.step, tokens[:, first:t])
         else:
             decode()
-        refill = mode == "naive"
+        refill = mode == "naive"        # which reads all of it for every token
         tokens[:, t] = newest[:, 0]
         yield tokens[:, t]
 
@@ -157,7 +157,8 @@ class Weight:
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        assert function is F.linear, f"this weight can do no more than F.linear, not {function}"
+        if function is not F.linear or kwargs:
+            raise TypeError(f"this weight can do no more than F.linear, not {function}")
         x, weight, bias = args          # as nn.Linear and the LSTM's recurrence pass them
         y = weight.times(x)
         return y if bias is None else y + bias
@@ -229,7 +230,7 @@ def to_dtype(model, dtype):
 def continue_prompt(model, tok, config, stream=False):
     """Generate config.num_samples continuations of the prompt as one batch -> a list of token id lists, each
     <s>, the prompt and its continuation up to </s>, and tokens/s over all of them, from the first token on.
-    stream: print a single one as it comes. Raises UserError for another model's tokenizer."""
+    stream: print the text of the only one as it comes. Raises UserError for another model's tokenizer."""
     # of a long prompt the newest block_size tokens: neither model was trained on more
     ids = [tok.bos_token_id, *data.encode(tok, [config.prompt])[0]][-model.config.block_size:]
     if max(ids) >= model.config.vocab_size:
@@ -255,7 +256,7 @@ def continue_prompt(model, tok, config, stream=False):
                 shown, held = held, []
     new = torch.stack(rows, dim=1).tolist()             # also waits for the device
     speed = config.num_samples * (len(rows) - 1) / (time.perf_counter() - start)
-    return [ids + row[:[*row, eos].index(eos)] for row in new], speed
+    return [ids + row[:[*row, eos].index(eos)] for row in new], speed       # up to the first </s>, or all
 
 
 def find_run(config):
@@ -289,8 +290,11 @@ def main(argv):
     if config.grid:
         return grid(model, tok, config, facts, out_dir)
     rows, speed = continue_prompt(model, tok, config, stream=config.num_samples == 1)
-    for i, row in enumerate(rows, 1):       # of a single one only the line's end is missing
-        print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}" if len(rows) > 1 else "")
+    if config.num_samples == 1:
+        print()                             # its text is there already
+    else:
+        for i, row in enumerate(rows, 1):
+            print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
     print("[{model}, {dataset}, {speed:.1f} tokens/s, {device}, {dtype}]".format(speed=speed, **facts))
 
 

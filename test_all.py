@@ -431,12 +431,15 @@ def test_int8_works_where_pytorch_chose_no_engine(monkeypatch):
 
 
 @BOTH
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02),
-                                              (torch.float16, 0.02)])
-def test_a_cpus_weights_multiply_as_matrices_by_every_kernel(name, dtype, tolerance, monkeypatch):
+@pytest.mark.parametrize("dtype, kind, tolerance", [
+    (torch.float32, "multiplier", 1e-5), (torch.bfloat16, "half_multiplier", 0.02),
+    (torch.float16, "half_multiplier", 0.02)])
+def test_a_cpus_weights_multiply_as_matrices_by_every_kernel(name, dtype, kind, tolerance, monkeypatch):
     assert sample.fastest_row_kernel(dtype) in (torch.mv, sample.linear_without_onednn)
-    plain, ours = make(name).to(dtype), sample.to_dtype(make(name), dtype)
-    assert sum(isinstance(w, sample.Weight) for m in ours.modules() for w in vars(m).values()) > 5
+    with mock.patch.object(sample, kind, wraps=getattr(sample, kind)) as made:
+        plain, ours = make(name).to(dtype), sample.to_dtype(make(name), dtype)
+    weights = sum(isinstance(w, sample.Weight) for m in ours.modules() for w in vars(m).values())
+    assert weights == made.call_count > 5
     for kernel in torch.mv, sample.linear_without_onednn:
         monkeypatch.setattr(sample, "fastest_row_kernel", lambda dtype: kernel)
         for batch in 1, 3:
@@ -453,7 +456,7 @@ def test_what_each_dtype_means_for_a_device():
     assert train.choose_dtype("auto", torch.device("mps"))[0] == torch.float16
     assert train.choose_dtype("auto", torch.device("mps"), "gpt")[0] == torch.float32
     assert train.choose_dtype("auto", torch.device("cuda"), "lstm")[0] == torch.float16
-    with pytest.raises(AssertionError, match="no more than F.linear"):
+    with pytest.raises(TypeError, match="no more than F.linear"):
         torch.mm(torch.ones(2, 2), sample.Weight(None))
     for dtype, precision in ((torch.bfloat16, "high"), (torch.float32, "highest")):
         model = sample.to_dtype(make("gpt"), dtype)
@@ -1150,6 +1153,10 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_killed(name, processes,
     assert saved_in(cut)["state"]["step"] > 0
     in_one_go(cut, "--init_from=resume", "--save_minutes=1")
     assert all_of_a_run(cut) == all_of_a_run(whole) and len(metrics_of(cut)) > 20
+    if LONG:
+        Path(cut, "results.json").unlink()          # as if killed in the final test
+        in_one_go(cut, "--init_from=resume")
+        assert all_of_a_run(cut) == all_of_a_run(whole)
 
 
 def test_resuming_a_finished_run_changes_nothing_and_what_does_not_fit_is_refused(here):
@@ -1194,8 +1201,8 @@ def test_without_a_c_compiler_a_run_goes_on_uncompiled(monkeypatch, capsys):
 
 
 def spoil_gradients(monkeypatch, bad, forward=GPT.forward):
-    """From now on the gradient of the GPT's wpe alone, so that of one optimizer among several, is NaN at the
-    training steps in bad, counted from 0."""
+    """From now on the gradient of the GPT is NaN at the training steps in bad, counted from 0: in wpe alone,
+    which one optimizer of several moves."""
     steps = itertools.count()
 
     def spoiled(self, *args, **kwargs):
@@ -1313,7 +1320,8 @@ def test_a_new_run_sets_the_last_one_aside_whole_but_no_other_files(here):
     run_tiny("gpt", "out/set/aside", "--max_iters=1", "--seed=7")
     one, two = sorted(Path("out/set/previous").iterdir())       # by their times
     assert re.fullmatch(r"aside-\d{8}-\d{6}", one.name) and files_of(one) == first
-    assert "model_summary.txt" in files_of(two).keys() < first.keys() == files_of("out/set/aside").keys()
+    assert first.keys() == files_of("out/set/aside").keys() > files_of(two).keys()
+    assert "model_summary.txt" in files_of(two)     # a start that was interrupted left no more than a start
     sample.main([f"--out_dir={one}", "--max_new_tokens=2"])
     Path("out/set/foreign").mkdir()
     Path("out/set/foreign/notes.txt").write_text("moje")
@@ -1387,6 +1395,7 @@ DAMAGES = {     # of a checkpoint, each a function that changes it
     "code": lambda c: c.update(model=Hostile()),
     "nested": lambda c: c["config"].update(learning_rate=functools.reduce(lambda v, _: [v, v], range(40), 0)),
     "expanded": lambda c: c.update(expanded(c)),
+    "a single number": lambda c: c["model"].update({"ln_f.weight": torch.zeros(1).expand(32)}),
     "nan": lambda c: c["model"]["wpe.weight"][3].fill_(float("nan")),
 }
 

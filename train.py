@@ -294,7 +294,9 @@ class Trainer:
         self.model.eval()
         total = torch.zeros(self.block_size, dtype=torch.float64)
         mine, size = windows[RANK::WORLD_SIZE], self.config.batch_size // WORLD_SIZE
-        for i in progress_bar(range(0, len(mine), size), desc=split, delay=1, disable=not IS_MAIN):
+        # after a second a bar, in the place of the run's
+        for i in progress_bar(range(0, len(mine), size), desc=f"evaluating on {split}", delay=1, position=0,
+                              disable=not IS_MAIN):
             idx, targets = data.get_batch(self.splits[split], mine[i:i + size], self.block_size, self.device)
             with self.autocast:
                 losses = self.model(idx, targets, reduction="none")[1]
@@ -336,7 +338,8 @@ class Trainer:
         write_whole(self.out_dir / "last.pt", lambda p: torch.save({**self.checkpoint(), **moments}, p))
 
     def restore(self, saved):
-        """Take up the moments and the state of last.pt. Raises UserError where they do not fit."""
+        """Take up the moments and the state of last.pt, whose weights the model already has. Raises UserError
+        where they do not fit."""
         try:
             for optimizer, before in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(before)
@@ -437,7 +440,7 @@ def make_optimizers(model, config, dtype=torch.float32):
     name = {"gpt": "muon", "lstm": "adamw"}[config.model] if config.optimizer == "auto" else config.optimizer
     if name == "adam":
         # As the report: every parameter decays, and the decay passes through Adam's division by the size of
-        # the gradient: where gradients are small, it grows to full step length.
+        # the gradient. Where gradients are small, the decay grows to full step length.
         return [torch.optim.Adam(model.parameters(), lr, betas, weight_decay=decay)]
     # A token's row has a gradient only where the token occurs, so the embeddings bear longer steps.
     embeddings = [p for n, p in model.named_parameters() if n.startswith(("wte", "wpe"))]
@@ -654,7 +657,8 @@ def load_checkpoint(path):
         if saved.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"of another version of this project, not of format {FORMAT_VERSION}")
         weights = saved["model"].values()
-        if sum(w.nbytes for w in weights) > size or any(w.dtype != torch.float32 for w in weights):
+        if sum(w.nbytes for w in weights) > size or \
+                not all(w.dtype == torch.float32 and w.is_contiguous() for w in weights):
             raise ValueError("its weights are not those that were saved")
         saved["config"] = asdict(data.configure(TrainConfig, saved["config"]))
         saved["state"] = data.configure(State, saved["state"])
