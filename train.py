@@ -481,7 +481,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:     # as one batch: a GPU need not wait for hundreds of launches
             params, lr = group["params"], group["lr"]
-            grads, kept = torch.stack([p.grad for p in params]), self.state[params[0]]
+            grads = torch.stack([p.grad for p in params])
+            kept = self.state[params[0]]                # the batch's, kept under its first matrix
             if not kept:
                 kept["mean"] = torch.zeros_like(grads)
             mean = kept["mean"].lerp_(grads, 1 - self.momentum)
