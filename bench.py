@@ -9,8 +9,8 @@ compare finished runs.
     python bench.py --help
 
 naive: the whole context is computed anew for each token, as the report did; cached: only the newest token
-is; graph: that in one launch; compiled: a graph of fused kernels. Prints a table, writes bench.json, with
---train bench_training.json, and a bar chart beside it. Times the loop of sample.py and the train_step of
+is; graph: that in one launch; compiled: a graph of fused kernels. Prints a table; writes bench.json (with
+--train, bench_training.json) and a bar chart beside it. Times the loop of sample.py and the train_step of
 train.py as they are.
 """
 import json
@@ -35,8 +35,8 @@ from train import MODELS, RECIPES, TrainConfig, Trainer, choose_device, choose_d
     device_name, devices_present, peak_memory_gb, picture, set_matmul_precision, write_json
 
 PROMPT_TOKENS = 8
-# Dense bfloat16 rates in TFLOP/s, of NVIDIA's data sheets (SXM, where there is one). Training rows name the
-# share of it that they use (MFU), also those that compute in float32.
+# Dense bfloat16 rates in TFLOP/s, of NVIDIA's data sheets (SXM, where there is one). Training rows give the
+# share of it that they reach (MFU), float32 rows too.
 PEAK_TFLOPS = {"A40": 149.7, "A100": 312, "H100": 989, "H200": 989, "RTX 3090": 71, "RTX 4090": 165.2}
 
 
@@ -170,7 +170,7 @@ def bench_training(name, device, config):
         tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=n_tokens)
         trainer = Trainer(settings, model, {"train": tokens})
         trainer.train_step()                            # warm up: compilation, allocations, the moments
-        n_steps = 1 if device.type == "cpu" else 10     # train.py does not wait for a GPU at each of them
+        n_steps = 1 if device.type == "cpu" else 10     # in bfloat16, train.py does not wait for a GPU
         taken = median(seconds(lambda: [trainer.train_step() for _ in range(n_steps)], device)
                        for _ in range(config.repeats))
         speed = n_steps * trainer.tokens_per_step / taken

@@ -84,7 +84,7 @@ def prepare(config):
 
     def documents():
         left_out.clear()        # a source is read twice where a tokenizer is trained
-        texts = read_documents(source, config.quality, left_out) if source else write_mini(config.seed)
+        texts = read_documents(source, config.quality, left_out) if source else mini_articles(config.seed)
         return itertools.islice(texts, config.n_docs or None)
 
     target.parent.mkdir(exist_ok=True)
@@ -150,14 +150,14 @@ def parts_of_documents(texts, seed):
 
 def parts_of_text(text):
     """One text -> (split, part, opens, closes), with a progress bar: the first 80 % are train, then 10 % val
-    and 10 % test, as nanoGPT cuts its texts. A part is at most a 200th of it, but may have 100 characters."""
+    and 10 % test, as nanoGPT cuts its texts. Parts are at most a 200th of it, or 100 characters if more."""
     parts = list(cut(text, min(LONGEST_PART, max(100, len(text) // 200))))
     for i, part in enumerate(progress_bar(parts, desc="encoding")):
         yield BY_TENTHS[10 * i // len(parts)], part, i == 0, i == len(parts) - 1
 
 
 def cut(text, most=LONGEST_PART):
-    """Yield text in parts of at most so many characters. A cut takes the place of a space, for which the
+    """Yield text in parts of at most `most` characters. A cut takes the place of a space, for which the
     mark at the front of the next part will stand (a tokenizer that puts none there loses that space; a text
     without spaces gains one)."""
     start = 0
@@ -192,7 +192,7 @@ def set_aside(folder):
 def read_documents(path, quality, left_out):
     """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt as one, with a progress bar; left_out counts
     those left out. JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be
-    missing. Raises UserError, which names the line, for others, and for another format or encoding."""
+    missing. Raises UserError for any other line, naming it, and for another format or encoding."""
     import zstandard
     path, file, found = Path(path), open(path, "rb"), False
     unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
@@ -214,7 +214,7 @@ def read_documents(path, quality, left_out):
                     left_out[f"documents of quality {label}"] += 1
                 else:
                     found = True
-                    yield text.encode("utf-8", "replace").decode()      # JSON can spell half a character
+                    yield text.encode("utf-8", "replace").decode()      # JSON can spell a lone surrogate
         except zstandard.ZstdError as error:
             raise UserError(f"{path} is not a zstd file, or a damaged one ({error})") from None
         except UnicodeDecodeError as error:
@@ -238,14 +238,15 @@ def reachable(url):
 
 def fetch_plwiki(folder):
     """Download SpeakLeash's plwiki (870 MB) into folder, once -> the path of its .jsonl.zst, or UserError."""
+    import requests
     from speakleash import Speakleash
-    with suppress(OSError, AttributeError):     # of requests; get gave None
+    with suppress(requests.RequestException, AttributeError):       # get gives None for a name it lacks
         if reachable(Speakleash.get_url("pl")):
             whole, path = Speakleash(str(folder)).get("plwiki").check_file()
             if whole:
                 return path
-    raise UserError("SpeakLeash cannot be reached, or gave no whole plwiki: run again, pass --source=FILE "
-                    "with a copy of plwiki.jsonl.zst, or use --dataset=mini")
+    raise UserError("SpeakLeash cannot be reached, or gave no whole plwiki: run again, pass --source=FILE with "
+                    f"a copy of plwiki.jsonl.zst (one loaded before is in {folder}), or use --dataset=mini")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def train_tokenizer(texts, vocab_size):
     first = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    # merges stay within a word, a run of signs (at most 50: a megabyte may have no space), or a digit
+    # merges stay within a word, a run of symbols (at most 50: a megabyte may have no space), or a digit
     words = Regex(r"▁?\p{L}{1,50}|▁?[^\p{L}\p{N}\s▁]{1,50}|\p{N}|\s|▁{1,50}")
     tok.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
     tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
@@ -294,9 +295,9 @@ def load_tokenizer(name):
             raise ValueError("it has no tokenizer.json, or no <s> and </s>")
         if (highest := max(tok.get_vocab().values())) > 65535:
             raise ValueError(f"it has ids up to {highest:,}: above 16 bits, as we store them")
-    except (KeyboardInterrupt, SystemExit):     # SIGTERM is the second, see run
+    except (KeyboardInterrupt, SystemExit):     # SystemExit: SIGTERM, see run
         raise
-    except BaseException as error:  # a damaged or foreign file can raise anything, even a panic of Rust's
+    except BaseException as error:  # a damaged or foreign file can raise anything, even a Rust panic
         raise UserError(
             f"cannot load the tokenizer {name!r} ({first_line(error)}). One of the hub needs the network, "
             "and may need `hf auth login` and a licence accepted; SentencePiece's format needs `pip install "
@@ -309,9 +310,9 @@ def encode(tok, texts):
     UserError where the tokenizer cannot."""
     try:
         return tok(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    except (KeyboardInterrupt, SystemExit):     # SIGTERM is the second, see run
+    except (KeyboardInterrupt, SystemExit):     # SystemExit: SIGTERM, see run
         raise
-    except BaseException as error:          # a panic of Rust's is no Exception
+    except BaseException as error:          # a Rust panic is no Exception
         raise UserError(f"the tokenizer fails on a text ({first_line(error)}): choose another") from None
 
 
@@ -429,7 +430,7 @@ def configure(config_class, *layers):
         kind, choices = known[key].type, typing.get_args(known[key].type)
         if value is None and known[key].default is None:
             continue
-        if value not in choices if choices else type(value) is not kind:
+        if (value not in choices) if choices else (type(value) is not kind):
             value = value if isinstance(value, (int, float, str)) else type(value).__name__  # not a huge list
             raise UserError(f"--{key}={value}: must be {' or '.join(choices) or kind.__name__}")
         if kind in (int, float) and not 0 <= value < 2 ** 63:       # nothing here means anything below zero
@@ -454,8 +455,9 @@ def run(main):
         os._exit(141)       # as the shell reports a program that SIGPIPE ended
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    except Exception as error:      # of too little memory, or a full disk, for which libraries have no class
-        if not (isinstance(error, MemoryError) or re.search("memory|overflowed|os error", str(error))):
+    except Exception as error:      # libraries have no class for too little memory or a full disk
+        known = "(out of|allocate|enough) memory|overflowed|os error"
+        if not (isinstance(error, MemoryError) or re.search(known, str(error))):
             raise
         sys.exit(f"error: {first_line(error)}: lower --batch_size or --num_samples, or free space on disk")
 
@@ -531,7 +533,7 @@ class Word:
         return self.forms[CASES.index(case or "nom")]
 
 
-def write_mini(seed, n_docs=30_000):
+def mini_articles(seed, n_docs=30_000):
     """Yield n_docs short articles; the same seed gives the same text."""
     rng = random.Random(seed)
     for _ in range(n_docs):

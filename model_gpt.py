@@ -50,7 +50,7 @@ def manual_attention(q, k, v, mask):
 
 def fused_attention(q, k, v, mask):
     """The same as manual_attention, without ever storing the (T, S) scores (Dao et al. 2022)."""
-    if mask.size(0) == mask.size(1):    # as many keys as queries, so no past: the kernel skips half
+    if mask.size(0) == mask.size(1):    # T = S, so no past: the kernel skips the masked half
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -72,8 +72,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, mask, positions, cache):
-        """x (B, T, C) -> (B, T, C). cache (2, B, nh, S, hs): this block's keys and values, to which those
-        of x are added at positions (T,); None in training, where x is all there is and S = T."""
+        """x (B, T, C) -> (B, T, C). cache (2, B, nh, S, hs): this block's keys and values, into which those
+        of x are written at positions (T,); None in training, where x is all there is and S = T."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is None:

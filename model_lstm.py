@@ -27,7 +27,7 @@ class LSTMConfig:
     n_embd: int = 512               # channels of the token embedding
     n_hidden: int = 1024            # units per layer
     dropout: float = 0.0            # share of the embedding and each layer's output dropped
-    residual: bool = True           # the identity between equal-width layers; False: the report
+    residual: bool = True           # each layer adds its input, if as wide; False: the report
     cudnn: bool = True              # on CUDA, cuDNN's recurrence; False: ours there too
 
     def __post_init__(self):
@@ -148,7 +148,7 @@ def multiplier(weight, batch_size):
 
 
 class Block(nn.Module):
-    """One LSTM layer, with nn.LSTM's parameters (names, shapes, gate order, start values) and equations."""
+    """One LSTM layer, with nn.LSTM's parameters (names, shapes, gate order) and equations."""
 
     def __init__(self, config, n_input):
         super().__init__()
@@ -190,7 +190,7 @@ class LSTM(nn.Module):
     def _hidden(self, idx, state, recurrence):
         """idx (B, T) and the state before it -> (T, B, H), what the head reads, and the state after it."""
         if self.config.cudnn and idx.is_cuda and idx.size(1) > 1:
-            recurrence = cudnn_recurrence       # for one token it would take longer to pack its weights
+            recurrence = cudnn_recurrence       # for one token, packing the weights takes longer
         # time first: the slice of one step is then one contiguous piece of memory
         x = F.dropout(self.wte(idx.t()), self.config.dropout, self.training)
         hs, cs = [], []

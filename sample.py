@@ -56,7 +56,7 @@ class SampleConfig:
             raise ValueError("max_new_tokens and num_samples must be 1 to a million")
         if not 0 < self.top_p <= 1:
             raise ValueError("top_p must be above 0 and at most 1")
-        self.prompt = self.prompt.encode("utf-8", "replace").decode()   # it can hold half a character
+        self.prompt = self.prompt.encode("utf-8", "replace").decode()   # it can hold a lone surrogate
         if not self.prompt.strip():
             raise ValueError("the prompt is empty: give a word to begin with, --prompt='Dawno temu'")
 
@@ -123,7 +123,7 @@ def pick(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     # One draw, where torch.multinomial needs one for each of the 32,000 and looks at p on the host.
     line = logits.softmax(dim=-1).cumsum(dim=-1, dtype=exact)
     drawn = torch.searchsorted(line, uniform * line[:, -1:], right=True).squeeze(1)
-    return drawn.clamp(max=logits.size(-1) - 1)         # rounding can lead beyond the line's end
+    return drawn.clamp(max=logits.size(-1) - 1)         # NaN logits lead beyond the line's end
 
 
 def capture(function):

@@ -176,7 +176,7 @@ def work(tmp_path_factory):
     """A folder with data/tiny prepared from 400 articles, and a short trained run of each model."""
     folder = tmp_path_factory.mktemp("work")
     with chdir(folder):
-        write_jsonl("tiny.jsonl", data.write_mini(7, 400))
+        write_jsonl("tiny.jsonl", data.mini_articles(7, 400))
         prepare("tiny", "tiny.jsonl")
         for name in SIZES:
             train.main([f"--model={name}", "--dataset=tiny", *SIZES[name], "--max_iters=30", "--batch_size=8",
@@ -525,8 +525,8 @@ def test_streamed_text_never_breaks_a_character(here, monkeypatch, capsys):
 # Data
 
 def test_mini_is_reproducible_varied_and_grammatical():
-    articles = list(data.write_mini(1, 2000))
-    assert articles == list(data.write_mini(1, 2000)) != list(data.write_mini(2, 2000))
+    articles = list(data.mini_articles(1, 2000))
+    assert articles == list(data.mini_articles(1, 2000)) != list(data.mini_articles(2, 2000))
     text = "\n".join(articles)
     assert len(set(articles)) == 2000 and len(set(re.findall(r"\w+", text))) > 2500
     few, many = r"(?<![1\d])(?:\d*[02-9])?[234]", r"(?:\d*1[0-9]|\d*[05-9])"
@@ -641,6 +641,9 @@ def test_plwiki_through_the_real_speakleash_client(work, empty, monkeypatch):
         urls = {"url_datasets_text_pl": f"{url}/"}
         monkeypatch.setattr(ConfigLoader, "load_config", staticmethod(lambda: urls))
         data.main(["--dataset=plwiki", f"--tokenizer={work}/data/tiny/tokenizer", "--n_docs=50"])
+        with mock.patch("speakleash.dataset.SpeakleashDataset.check_file", side_effect=OSError(28, "full")):
+            with pytest.raises(OSError, match="full"):      # no fault of the network's
+                data.fetch_plwiki(empty)
     found = sum(texts_of("plwiki").values(), [])
     assert len(found) == 50 and all(text.startswith("HIGH artykuł") for text in found)
 
@@ -731,7 +734,7 @@ def test_a_long_document_is_cut_without_loss(text, most):
 def test_a_source_of_5_gb_is_prepared_in_less_than_1_gb(empty):
     """5 GB, spelled in 400 ciphers so that new words keep coming."""
     letters, k = "aąbcćdeęfghijklłmnńoóprsśtuwyzźż", 0
-    articles = "\n".join(data.write_mini(1, 40_000))
+    articles = "\n".join(data.mini_articles(1, 40_000))
     with open("big.jsonl", "w", encoding="utf-8") as out:
         while out.tell() < 5e9:
             cipher = str.maketrans(letters, "".join(random.Random(k).sample(letters, len(letters))))
@@ -749,7 +752,7 @@ def test_a_source_of_5_gb_is_prepared_in_less_than_1_gb(empty):
 
 
 def test_an_old_dataset_outlives_a_killed_preparation_and_a_whole_one_sets_it_aside(work, empty):
-    write_jsonl("new.jsonl", data.write_mini(9, 4000))
+    write_jsonl("new.jsonl", data.mini_articles(9, 4000))
     keys = ["--dataset=new", "--source=new.jsonl", "--tokenizer=train", "--vocab_size=1000"]
     for before in (False, True):        # nothing there yet; then an older dataset
         if before:
@@ -795,7 +798,7 @@ def test_foreign_tokenizers_are_used_or_refused(kind, work, empty):
     tokenizer = json.loads(Path("foreign/tokenizer.json").read_text())
     change(tokenizer)
     Path("foreign/tokenizer.json").write_text(json.dumps(tokenizer))
-    write_jsonl("a.jsonl", [*data.write_mini(7, 300), "zażółć 🦊"])
+    write_jsonl("a.jsonl", [*data.mini_articles(7, 300), "zażółć 🦊"])
     if message:
         return refuses(message, prepare, "a", "a.jsonl", "--tokenizer=foreign")
     prepare("a", "a.jsonl", "--tokenizer=foreign")
@@ -804,7 +807,7 @@ def test_foreign_tokenizers_are_used_or_refused(kind, work, empty):
 
 
 def test_what_is_left_out_is_counted(empty, capsys):
-    rows = [{"text": t, "meta": {"quality": q}} for t in data.write_mini(7, 100) for q in ("HIGH", "LOW")]
+    rows = [{"text": t, "meta": {"quality": q}} for t in data.mini_articles(7, 100) for q in ("HIGH", "LOW")]
     Path("a.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": " "}]) + "\n\n")
     prepare("a", "a.jsonl", "--vocab_size=32000")
     said = capsys.readouterr().out
@@ -892,6 +895,8 @@ def test_too_little_memory_or_disk_is_told_in_one_line(here):
     with mock.patch("sys.exit") as end:
         data.run(mock.Mock(side_effect=Exception("No space left on device (os error 28)")))
     assert "os error 28" in end.call_args[0][0]
+    with pytest.raises(RuntimeError):           # a fault of the code keeps its traceback
+        data.run(mock.Mock(side_effect=RuntimeError("an illegal memory access was encountered")))
 
 
 @pytest.mark.parametrize("closed", ["<&- 2>&-", ">&-"])
@@ -1339,7 +1344,7 @@ def test_a_new_run_sets_the_last_one_aside_whole_but_no_other_files(here):
     sample.main([f"--out_dir={one}", "--max_new_tokens=2"])
     Path("out/set/foreign").mkdir()
     Path("out/set/foreign/notes.txt").write_text("moje")
-    refuses("holds files, and not of a run", run_tiny, "gpt", "out/set/foreign", "--max_iters=1")
+    refuses("holds files that are no run's", run_tiny, "gpt", "out/set/foreign", "--max_iters=1")
     assert files_of("out/set/foreign") == {"notes.txt": b"moje"}
 
 
@@ -1504,7 +1509,7 @@ def survives(main, argv, seconds=60):
     except UserError as error:
         assert "\n" not in str(error)
     except RuntimeError as error:       # data.run makes one line of this
-        assert re.search("memory|overflowed", str(error))
+        assert re.search("(out of|allocate|enough) memory|overflowed", str(error))
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -1586,7 +1591,7 @@ def test_any_spoiled_checkpoint_is_used_or_refused(spoilable, work, draws):
 # As a user types it
 
 def test_train_without_data_makes_mini_and_says_so(empty, monkeypatch, capsys):
-    monkeypatch.setattr(data, "write_mini", functools.partial(data.write_mini, n_docs=3000))
+    monkeypatch.setattr(data, "mini_articles", functools.partial(data.mini_articles, n_docs=3000))
     train.main(["--max_iters=2", "--eval_iters=1", "--batch_size=4"])
     assert "data/plwiki is not prepared" in capsys.readouterr().out
     config = results_of("outputs/transformer")["config"]

@@ -41,7 +41,7 @@ from model_gpt import GPT, GPTConfig
 from model_lstm import LSTM, LSTMConfig
 
 FORMAT_VERSION = 9      # of the checkpoints; raised when an older one can no longer be read
-# key: (class, config, default folder, named as the report names it)
+# key: (class, config, default folder as the report names it)
 MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
 # Which of how many processes this is, as torchrun says. The first one writes and prints.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -59,7 +59,7 @@ class TrainConfig:
     recipe: Literal["tuned", "report"] = "tuned"    # report: as the report trained, see RECIPES
     # a step
     batch_size: int = 32                # sequences per forward pass, summed over all processes
-    gradient_accumulation_steps: int = 1    # forward passes a step; it sees the product of the two
+    gradient_accumulation_steps: int = 1    # forward passes a step, each of batch_size
     # budget: training ends at whichever comes first
     max_iters: int = 0                  # steps; 0: no limit
     max_minutes: float = 120.0          # with evaluations, without the final test; 0: no limit
@@ -67,7 +67,7 @@ class TrainConfig:
     optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # muon for the GPT, else adamw
     learning_rate: float = 4e-3         # the highest of the schedule
     muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
-    embedding_lr_scale: float = 4.0     # the embeddings' rate: so many times learning_rate; adam: 1
+    embedding_lr_scale: float = 4.0     # embeddings learn at this times learning_rate; adam: 1
     weight_decay: float = 0.1           # pull towards zero; adam: of all weights, else of matrices
     beta1: float = 0.9                  # memory of Adam's mean of gradients
     beta2: float = 0.99                 # memory of Adam's mean of squares; 0.999 is PyTorch's
@@ -158,7 +158,7 @@ class Trainer:
             fault = compile_fault(self.device)
             if fault and IS_MAIN:
                 print(f"{fault}: the run goes on without it, somewhat slower")
-            self.forward = self.ddp if fault else torch.compile(self.ddp)   # with DDP inside, it overlaps
+            self.forward = self.ddp if fault else torch.compile(self.ddp)   # DDP inside, so it overlaps
 
         self.best = None                # the best checkpoint, until it is on disk
         self.interrupted = False        # this process, by a signal; self.stopping: any process
@@ -194,7 +194,7 @@ class Trainer:
         if not state.metrics:
             self.evaluate_and_log()     # so that there is a best checkpoint, whatever comes
         while self.goes_on():
-            # no ETA from less than a thousandth
+            # rounded: an ETA from less than a thousandth would be a guess
             self.bar.update(max(0.0, round(share_done(config, state), 3) - self.bar.n))
             if state.step % config.eval_interval == 0 and state.step > state.metrics[-1]["step"]:
                 self.evaluate_and_log()
@@ -241,7 +241,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        # one verdict on an overflow in float16: the scaler would give each optimizer its own
+        # one verdict on an overflow in float16 (a host sync): the scaler would give each optimizer its own
         overflow = self.scaler.is_enabled() and not norm.isfinite()
         for optimizer in self.optimizers:
             if not overflow:
@@ -698,7 +698,7 @@ def new_folder(out_dir, summary, tokenizer):
     earlier run left there goes to previous/, whole. Raises UserError where the folder is not of a run."""
     if out_dir.exists() and any(not p.name.startswith(".") for p in out_dir.iterdir()):
         if not (out_dir / "model_summary.txt").exists():
-            raise UserError(f"{out_dir} holds files, and not of a run: choose another --out_dir")
+            raise UserError(f"{out_dir} holds files that are no run's: choose another --out_dir")
         data.set_aside(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_whole(out_dir / "model_summary.txt", lambda p: p.write_text(summary + "\n", encoding="utf-8"))
