@@ -245,8 +245,8 @@ def fetch_plwiki(folder):
             whole, path = Speakleash(str(folder)).get("plwiki").check_file()
             if whole:
                 return path
-    raise UserError("SpeakLeash cannot be reached, or gave no whole plwiki: run again, pass --source=FILE with "
-                    f"a copy of plwiki.jsonl.zst (one loaded before is in {folder}), or use --dataset=mini")
+    raise UserError("SpeakLeash cannot be reached, or gave no whole plwiki: run again, pass --source=FILE, a "
+                    f"copy of plwiki.jsonl.zst (one loaded before is in {folder}), or use --dataset=mini")
 
 
 # ----------------------------------------------------------------------------------------------------
