@@ -75,6 +75,8 @@ def prepare(config):
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
     if source and not (Path(source).is_file() and source.endswith((".jsonl", ".jsonl.zst", ".txt"))):
         raise UserError(f"--source={source}: no such .jsonl, .jsonl.zst or .txt file")
+    if target.exists() and not (target / "meta.json").exists():
+        raise UserError(f"{target} holds files that are no dataset's: choose another --dataset")
     # now, for what fails here should not fail after a download
     tok = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
     if not source and config.dataset == "plwiki":
@@ -105,7 +107,8 @@ def prepare(config):
         meta = {"format_version": FORMAT_VERSION, "dataset": config.dataset, "quality": config.quality,
                 "source": source or config.dataset, "seed": config.seed, "tokenizer": config.tokenizer,
                 "vocab_size": vocab_size, "splits": splits}
-        (new / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(meta, indent=1, ensure_ascii=False)
+        (new / "meta.json").write_text(text, encoding="utf-8", errors="replace")    # a file's name can be odd
         set_aside(target)
         new.rename(target)
     for why, n in left_out.items():
@@ -127,7 +130,7 @@ def write_splits(parts, tok, folder):
                 raw = np.array(ids, dtype="<u2").tobytes()
                 files[split].write(raw)
                 facts[split]["documents"] += opens
-                facts[split]["characters"] += len(text)
+                facts[split]["characters"] += len(text) + (not opens)   # and the space where it was cut
                 facts[split]["tokens"] += len(ids)
                 facts[split]["sha256"].update(raw)
     for split, fact in facts.items():
@@ -172,7 +175,12 @@ def dataset_folder(name):
     """data/name. Raises UserError for a name that could lead out of data/."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) or name in ("previous", "speakleash"):
         raise UserError(f"--dataset={name}: choose another name, of letters, digits, '.', '_' and '-'")
-    return Path("data") / name
+    return behind_link(Path("data") / name)
+
+
+def behind_link(folder):
+    """folder, or that to which it is a link, so that what is to lie beside it lies beside the true one."""
+    return folder.resolve() if folder.is_symlink() else folder
 
 
 def set_aside(folder):
@@ -391,6 +399,11 @@ def whole_number(text):
     return int(text) if text.isdecimal() else int(float(text))
 
 
+def text_or_path(text):
+    """A shell leaves the ~ of --key=~/x as it is."""
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
 def true_or_false(text):
     return ("false", "true").index(text.lower()) == 1
 
@@ -405,7 +418,7 @@ def parse_args(argv, doc, *configs):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False,
                                      argument_default=argparse.SUPPRESS)
     kinds = {f.name: f.type for config in configs for f in fields(config)}
-    read = {int: whole_number, bool: true_or_false, float: float}
+    read = {int: whole_number, bool: true_or_false, float: float, str: text_or_path}
     for key, kind in kinds.items():
         parser.add_argument(f"--{key}", type=read.get(kind), choices=typing.get_args(kind) or None)
     try:
@@ -442,9 +455,11 @@ def configure(config_class, *layers):
 
 
 def run(main):
-    """main(arguments) as a program. Ctrl-C, SIGTERM, a reader that went away (| head), a file or disk that
-    fails and too little memory end it without a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # an exit like any other: staging is removed
+    """main(arguments) as a program. Ctrl-C, SIGTERM, SIGHUP, a reader that went away (| head), a file or disk
+    that fails and too little memory end it without a traceback."""
+    for signum in signal.SIGTERM, signal.SIGHUP:
+        if signal.getsignal(signum) != signal.SIG_IGN:      # nohup ignores SIGHUP: so it stays
+            signal.signal(signum, lambda n, _: sys.exit(128 + n))   # an exit like any other: staging goes
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="replace")                    # a terminal may have no Polish letters
     try:

@@ -705,9 +705,11 @@ def test_awkward_documents_survive(empty):
 @pytest.mark.parametrize("between", ["\r\n", " "], ids=["lines", "one line"])
 def test_a_txt_is_one_text_cut_by_its_length(between, empty):
     text = between.join(f"Wiersz {i}, zażółć gęślą jaźń." for i in range(3000))
-    Path("a.txt").write_text(text, encoding="utf-8", newline="")
-    prepare("book", "a.txt")
-    _, splits = data.load_dataset("book")
+    name = "a\udcb1.txt" if sys.platform == "linux" else "a.txt"       # a file's name can be in any encoding
+    Path(name).write_text(text, encoding="utf-8", newline="")
+    prepare("book", name)
+    meta, splits = data.load_dataset("book")
+    assert sum(facts["characters"] for facts in meta["splits"].values()) == len(text)
     tok = data.load_tokenizer("data/book/tokenizer")
     ids = np.concatenate(list(splits.values()))
     assert np.flatnonzero(ids == tok.bos_token_id).tolist() == [0]
@@ -752,23 +754,33 @@ def test_a_source_of_5_gb_is_prepared_in_less_than_1_gb(empty):
 
 
 def test_an_old_dataset_outlives_a_killed_preparation_and_a_whole_one_sets_it_aside(work, empty):
+    """Also behind a link; a folder that holds no dataset stays as it is."""
     write_jsonl("new.jsonl", data.mini_articles(9, 4000))
     keys = ["--dataset=new", "--source=new.jsonl", "--tokenizer=train", "--vocab_size=1000"]
-    for before in (False, True):        # nothing there yet; then an older dataset
-        if before:
+    for i, signum in enumerate((signal.SIGKILL, signal.SIGKILL, signal.SIGHUP)):
+        if i == 1:          # at first nothing was there; from now on an older dataset
             shutil.copytree(work / "data/tiny", "data/new")
             Path("data/new/notes.txt").write_text("moje")
             older = files_of("data/new")
         process = begin(keys, script="data.py")
         while process.poll() is None and not list(empty.glob("data/.new-*/new/train.bin")):
             time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL and Path("data/new").exists() == before
-        shutil.rmtree(next(empty.glob("data/.new-*")))
-    assert files_of("data/new") == older
+        process.send_signal(signum)
+        assert process.wait() == (129 if i == 2 else -signal.SIGKILL) and Path("data/new").exists() == (i > 0)
+        if i < 2:
+            shutil.rmtree(next(empty.glob("data/.new-*")))
+    assert files_of("data/new") == older and not list(empty.glob("data/.new-*"))
     prepare("new", work / "tiny.jsonl")
     aside, = Path("data/previous").iterdir()
     assert files_of(aside) == older and "notes.txt" not in files_of("data/new")
+    Path("data/link").symlink_to("new")
+    prepare("link", work / "tiny.jsonl")
+    assert Path("data/link").is_symlink() and len(list(Path("data/previous").iterdir())) == 2
+    assert data.load_dataset("new")[0]["dataset"] == "link"
+    Path("data/mine").mkdir()
+    shutil.copy(work / "tiny.jsonl", "data/mine")
+    refuses("no dataset's", prepare, "mine", "data/mine/tiny.jsonl")
+    assert files_of("data/mine").keys() == {"tiny.jsonl"}
 
 
 def test_a_tokenizer_folder_never_runs_its_code(work, empty):
@@ -873,7 +885,7 @@ MISTAKES = [
     (bench, "--device=tpu", "--device: invalid choice"),
     (bench, "--compare=True --out_dir=nothere", "no finished run"),
     (data, "--dataset=books", "needs --source"),
-    (data, "--source=nothere.txt --tokenizer=train", "no such .jsonl"),
+    (data, "--source=~/nothere.txt --tokenizer=train", f"{Path.home()}/nothere.txt: no such .jsonl"),
     (data, "--dataset=x --source=tiny.jsonl --tokenizer=train --vocab_size=70000", "512 to 65536"),
     (data, "--dataset=x --source=tiny.jsonl --tokenizer=outputs", "cannot load the tokenizer"),
 ]
@@ -1329,17 +1341,19 @@ def test_a_new_run_sets_the_last_one_aside_whole_but_no_other_files(here):
     first = files_of("out/set/aside")
     with open("out/set/.aside.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)        # as a run does that is at work
-        for more in ([], ["--init_from=resume"]):
-            keys = tiny_keys("gpt", "out/set/aside", "--max_iters=1", *more)
-            refuses("another run is writing to out/set/aside", train.main, keys)
+        Path("out/link").symlink_to("set/aside")
+        for folder, more in (("set/aside", []), ("set/aside", ["--init_from=resume"]), ("link", [])):
+            keys = tiny_keys("gpt", f"out/{folder}", "--max_iters=1", *more)
+            refuses("another run is writing to .*out/set/aside", train.main, keys)
     assert files_of("out/set/aside") == first
     with mock.patch.object(train.Trainer, "train", side_effect=KeyboardInterrupt):
         with suppress(KeyboardInterrupt):
             run_tiny("gpt", "out/set/aside", "--seed=5")
-    run_tiny("gpt", "out/set/aside", "--max_iters=1", "--seed=7")
+    run_tiny("gpt", "out/link", "--max_iters=1", "--seed=7")
     one, two = sorted(Path("out/set/previous").iterdir())       # by their times
     assert re.fullmatch(r"aside-\d{8}-\d{6}", one.name) and files_of(one) == first
     assert first.keys() == files_of("out/set/aside").keys() > files_of(two).keys()
+    assert Path("out/link").is_symlink() and results_of("out/link")["config"]["seed"] == 7
     assert "model_summary.txt" in files_of(two)     # which even an interrupted start leaves
     sample.main([f"--out_dir={one}", "--max_new_tokens=2"])
     Path("out/set/foreign").mkdir()

@@ -720,7 +720,7 @@ def main(argv):
     others = pformat({"mini": MINI, "--recipe=report": RECIPES["report"]}, width=100, sort_dicts=False)
     keys = data.parse_args(argv, f"{__doc__}\nOther defaults than those below:\n{others}\n",
                            TrainConfig, GPTConfig, LSTMConfig)
-    out_dir = Path(keys.get("out_dir") or MODELS[keys.get("model", "gpt")][2])
+    out_dir = data.behind_link(Path(keys.get("out_dir") or MODELS[keys.get("model", "gpt")][2]))
     with lock_folder(out_dir) if IS_MAIN else nullcontext():
         start(keys, out_dir)
 
