@@ -13,6 +13,7 @@ is; graph: that in one launch; compiled: a graph of fused kernels. Prints a tabl
 --train, bench_training.json) and a bar chart beside it. Times the loop of sample.py and the train_step of
 train.py as they are.
 """
+import glob
 import json
 import re
 import time
@@ -195,18 +196,19 @@ def compare(out_dir):
     """For each dataset a table (Markdown) of the finished runs in and below out_dir, and comparison.png:
     their validation losses, and the test loss by position. Raises UserError for a run of an older version."""
     runs = {}       # dataset -> [results of a run, with its folder, its curve and its row of the table]
-    for path in sorted(out_dir.rglob("results.json")):
-        if "previous" in path.relative_to(out_dir).parts:       # set aside by train.py
+    found = glob.glob("**/results.json", root_dir=out_dir, recursive=True)      # also behind links
+    for folder in (Path(name).parent for name in sorted(found)):
+        if "previous" in folder.parts:          # set aside by train.py
             continue
         try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            lines = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            run |= {"folder": path.parent.relative_to(out_dir), "curve": [json.loads(line) for line in lines]}
+            run = json.loads((out_dir / folder / "results.json").read_text(encoding="utf-8"))
+            lines = (out_dir / folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            run |= {"folder": folder, "curve": [json.loads(line) for line in lines]}
             run["row"] = ("| {folder} | {tokens_seen:,} | {tokens_per_second:,.0f} | {peak_memory_gb} | "
                           "{val_loss:.3f} | {test_loss:.3f} | {test_bits_per_character:.3f} |").format(**run)
             runs.setdefault(run["config"]["dataset"], []).append(run)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path.parent} is damaged, or of an older version ({error}): "
+            raise UserError(f"{out_dir / folder} is damaged, or of an older version ({error}): "
                             "move it away") from None
     if not runs:
         raise UserError(f"no finished run in or below {out_dir}: run `python train.py` first")

@@ -1742,11 +1742,13 @@ def test_bench_times_train_step(empty, small_bench, monkeypatch):
 
 
 def test_comparing_runs(spoilable, capsys):
-    """A table for each dataset; runs that were set aside are passed over, broken ones refused."""
-    shutil.copytree("outputs/rnn", "outputs/deep/other")
-    results = results_of("outputs/deep/other")
+    """A table for each dataset, also of runs behind a link; those set aside are passed over, broken ones
+    refused."""
+    shutil.copytree("outputs/rnn", "elsewhere/other")
+    results = results_of("elsewhere/other")
     results["config"]["dataset"] = "books"
-    Path("outputs/deep/other/results.json").write_text(json.dumps(results))
+    Path("elsewhere/other/results.json").write_text(json.dumps(results))
+    Path("outputs/deep").symlink_to(Path("elsewhere").resolve())
     Path("outputs/previous/rnn-1").mkdir(parents=True)
     Path("outputs/previous/rnn-1/results.json").write_text("{}")
     bench.main(["--compare=True"])
