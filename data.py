@@ -28,6 +28,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -75,8 +76,8 @@ def prepare(config):
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
     if source and not (Path(source).is_file() and source.endswith((".jsonl", ".jsonl.zst", ".txt"))):
         raise UserError(f"--source={source}: no such .jsonl, .jsonl.zst or .txt file")
-    if target.exists() and not (target / "meta.json").exists():
-        raise UserError(f"{target} holds files that are no dataset's: choose another --dataset")
+    if any(target.glob("*")) and not (target / "meta.json").exists():
+        raise UserError(f"{target} holds files that are no dataset's: choose another --dataset, or move them")
     # now, for what fails here should not fail after a download
     tok = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
     if not source and config.dataset == "plwiki":
@@ -154,9 +155,10 @@ def parts_of_documents(texts, seed):
 def parts_of_text(text):
     """One text -> (split, part, opens, closes), with a progress bar: the first 80 % are train, then 10 % val
     and 10 % test, as nanoGPT cuts its texts. Parts are at most a 200th of it, or 100 characters if more."""
-    parts = list(cut(text, min(LONGEST_PART, max(100, len(text) // 200))))
+    parts, done = list(cut(text, min(LONGEST_PART, max(100, len(text) // 200)))), 0
     for i, part in enumerate(progress_bar(parts, desc="encoding")):
-        yield BY_TENTHS[10 * i // len(parts)], part, i == 0, i == len(parts) - 1
+        yield BY_TENTHS[10 * done // max(1, len(text))], part, i == 0, i == len(parts) - 1
+        done += len(part)
 
 
 def cut(text, most=LONGEST_PART):
@@ -180,7 +182,7 @@ def dataset_folder(name):
 
 def behind_link(folder):
     """folder, or that to which it is a link, so that what is to lie beside it lies beside the true one."""
-    return folder.resolve() if folder.is_symlink() else folder
+    return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
 
 
 def set_aside(folder):
@@ -203,7 +205,11 @@ def read_documents(path, quality, left_out):
     missing. Raises UserError for any other line, naming it, and for another format or encoding."""
     import zstandard
     path, file, found = Path(path), open(path, "rb"), False
-    unpacked = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    # The reader of a .zst ends without a word where its last frame is cut off; but then it does not reach
+    # a frame of ours behind it.
+    end, whole = iter([zstandard.compress(b"\0")]), path.suffix != ".zst"
+    raw = SimpleNamespace(read=lambda size: file.read(size) or next(end, b""))
+    unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
     stream = io.TextIOWrapper(unpacked if path.suffix == ".zst" else file, encoding="utf-8-sig", newline="")
     with file, progress_bar(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
@@ -212,6 +218,10 @@ def read_documents(path, quality, left_out):
                 return
             for n, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), ""), 1):
                 bar.update(file.tell() - bar.n)
+                if not whole and line.endswith("\0"):
+                    whole, line = True, line[:-1]
+                    if not line:
+                        break
                 if len(line) == LONGEST_LINE:
                     raise ValueError(f"longer than {LONGEST_LINE:,} characters")
                 record = {"text": line} if line.isspace() else json.loads(line)
@@ -223,6 +233,8 @@ def read_documents(path, quality, left_out):
                 else:
                     found = True
                     yield text.encode("utf-8", "replace").decode()      # JSON can spell a lone surrogate
+            if not whole:
+                raise zstandard.ZstdError("it is cut off")
         except zstandard.ZstdError as error:
             raise UserError(f"{path} is not a zstd file, or a damaged one ({error})") from None
         except UnicodeDecodeError as error:
@@ -413,7 +425,8 @@ def parse_args(argv, doc, *configs):
     of the config dataclasses. --help prints doc, and these dataclasses as they stand in the code. Raises
     UserError for an unknown key (the nearest is named) or a value of another type."""
     if {"-h", "--help"} & set(argv):
-        print(doc, *(inspect.getsource(c).partition("\n\n    def ")[0] for c in configs), sep="\n\n")
+        classes = (inspect.getsource(c).partition("\n\n    def ")[0] for c in configs)
+        print(doc, *classes, sep="\n\n", flush=True)
         sys.exit()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False,
                                      argument_default=argparse.SUPPRESS)
@@ -464,6 +477,7 @@ def run(main):
         stream.reconfigure(errors="replace")                    # a terminal may have no Polish letters
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

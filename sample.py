@@ -54,8 +54,8 @@ class SampleConfig:
     def __post_init__(self):
         if not (1 <= self.max_new_tokens <= 10 ** 6 and 1 <= self.num_samples <= 10 ** 6):
             raise ValueError("max_new_tokens and num_samples must be 1 to a million")
-        if not 0 < self.top_p <= 1:
-            raise ValueError("top_p must be above 0 and at most 1")
+        if not 1e-6 <= self.top_p <= 1:
+            raise ValueError("top_p must be 1e-6 to 1")
         self.prompt = self.prompt.encode("utf-8", "replace").decode()   # it can hold a lone surrogate
         if not self.prompt.strip():
             raise ValueError("the prompt is empty: give a word to begin with, --prompt='Dawno temu'")
@@ -229,7 +229,7 @@ def to_dtype(model, dtype):
 
 def continue_prompt(model, tok, config, stream=False):
     """Generate config.num_samples continuations of the prompt as one batch -> a list of token id lists, each
-    <s>, the prompt and its continuation up to </s>, and tokens/s over all of them, from the first token on.
+    what is read of the prompt, then its continuation up to </s>; and tokens/s over all after the first token.
     stream: print the text of the only one as it comes. Raises UserError for another model's tokenizer."""
     # of a long prompt the newest block_size tokens: neither model was trained on more
     ids = [tok.bos_token_id, *data.encode(tok, [config.prompt])[0]][-model.config.block_size:]

@@ -17,7 +17,7 @@ import fcntl
 import json
 import math
 import os
-import pickle
+import pickletools
 import platform
 import shutil
 import signal
@@ -78,7 +78,7 @@ class TrainConfig:
     # evaluation, logging and saving
     eval_interval: int = 100            # steps between evaluations on train and val
     eval_iters: int = 10                # batches of each in an evaluation, always the same ones
-    log_interval: int = 10              # steps between updates of the progress bar and train/loss
+    log_interval: int = 10              # steps between looks at the loss, for the bar and train/loss
     save_minutes: float = 1.0           # between saves, so what a kill can lose; 0: every step
     wandb_log: bool = False             # Weights & Biases; WANDB_MODE=offline needs no account
     wandb_project: str = "polish-lm"    # project name there
@@ -629,7 +629,8 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except Exception as error:                  # on a full disk each library has its own
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         why = isinstance(error, OSError) and error.strerror or "is the disk full?"
         raise UserError(f"cannot write {path} ({why}); what was there is whole") from None
 
@@ -654,6 +655,10 @@ def load_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > size:
                 raise ValueError("it is compressed")    # as torch.save's is not; it could be huge
+            calls = {arg for entry in archive.namelist() if entry.endswith("data.pkl")
+                     for op, arg, _ in pickletools.genops(archive.read(entry)) if "GLOBAL" in op.name}
+        if not calls <= {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}:
+            raise ValueError("it holds code")           # weights_only alone lets bytearray(10 ** 11) pass
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"of another version of this project, not of format {FORMAT_VERSION}")
@@ -672,16 +677,15 @@ def load_checkpoint(path):
         if not all(w.isfinite().all() for w in weights):
             raise ValueError("it has weights that are not finite")
     except Exception as error:      # a damaged file can raise anything
-        why = "it holds code" if isinstance(error, pickle.UnpicklingError) else first_line(error)
-        raise UserError(f"{path} is damaged or no checkpoint of this project ({why})") from None
+        raise UserError(f"{path} is damaged or no checkpoint of this project ({first_line(error)})") from None
     return {**saved, "model": model.eval()}
 
 
 def lock_folder(out_dir):
     """Keep other runs out of out_dir -> the lock, an open file beside it; the system frees it at the latest
     when the program ends. Raises UserError where another run holds it."""
-    if not out_dir.name.strip(".") or not str(out_dir).isprintable():
-        raise UserError(f"--out_dir={out_dir}: needs the name of a folder, in printable characters")
+    if out_dir.name.strip(".") in ("", "previous") or not str(out_dir).isprintable():
+        raise UserError(f"--out_dir={out_dir}: choose another name, in printable characters")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     lock = open(out_dir.with_name(f".{out_dir.name}.lock"), "w")
     try:
