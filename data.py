@@ -205,8 +205,8 @@ def read_documents(path, quality, left_out):
     missing. Raises UserError for any other line, naming it, and for another format or encoding."""
     import zstandard
     path, file, found = Path(path), open(path, "rb"), False
-    # The reader of a .zst ends without a word where its last frame is cut off; but then it does not reach
-    # a frame of ours behind it.
+    # Where the last frame of a .zst is cut off, its reader just ends. So a frame of ours stands behind the
+    # file's, a single NUL: what does not end in it was not whole.
     end, whole = iter([zstandard.compress(b"\0")]), path.suffix != ".zst"
     raw = SimpleNamespace(read=lambda size: file.read(size) or next(end, b""))
     unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
