@@ -97,6 +97,18 @@ def refuses(message, call, *args):
     assert "\n" not in str(error.value)
 
 
+@contextmanager
+def at_most(resource_limit, n):
+    """Limit what this process and the commands it runs may have. For memory: some machines promise any
+    amount, and kill whoever uses it."""
+    before = resource.getrlimit(resource_limit)
+    resource.setrlimit(resource_limit, (n, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource_limit, before)
+
+
 def tiny_keys(name, out_dir, *keys):
     """The keys of a run on the tiny dataset; later ones win."""
     return [f"--model={name}", "--dataset=tiny", *SIZES[name], "--batch_size=8", "--eval_interval=4",
@@ -911,7 +923,8 @@ def test_mistakes_end_in_one_clear_line(script, keys, message, here):
 
 
 def test_too_little_memory_or_disk_is_told_in_one_line(here):
-    line = command("train.py", *tiny_keys("gpt", "out/huge", "--n_embd=1000000000", "--n_head=1"), code=1)[1]
+    with at_most(resource.RLIMIT_DATA, 2 ** 36):
+        line = command("train.py", *tiny_keys("gpt", "out/huge", "--n_embd=1e9", "--n_head=1"), code=1)[1]
     assert re.fullmatch("error: .*memory.*--batch_size.*\n", line)
     with mock.patch("sys.exit") as end:
         data.run(mock.Mock(side_effect=Exception("No space left on device (os error 28)")))
@@ -1502,9 +1515,8 @@ def test_a_full_disk_ends_in_one_line_and_what_was_there_is_whole(here):
     """Played by a limit of 50 kB on files, which checkpoints and tokens exceed."""
     shutil.copytree("outputs/transformer", "out/full", dirs_exist_ok=True)
     before, prepared = files_of("out/full"), ["--dataset=full", "--source=tiny.jsonl"]
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with at_most(resource.RLIMIT_FSIZE, 50_000):
         for main, keys, error, message in (
                 (train.main, ["--init_from=resume", "--max_iters=40", "--out_dir=out/full"], UserError,
                  "cannot write out/full/last.pt"),
@@ -1512,9 +1524,7 @@ def test_a_full_disk_ends_in_one_line_and_what_was_there_is_whole(here):
                 (data.main, [*prepared, "--tokenizer=data/tiny/tokenizer"], OSError, "File too large")):
             with pytest.raises(error, match=message):
                 main(keys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    signal.signal(signal.SIGXFSZ, handler)
     after = files_of("out/full")
     assert after.keys() <= before.keys() and not list(Path("data").glob("*full*"))
     assert after["last.pt"] == before["last.pt"] and after["ckpt.pt"] == before["ckpt.pt"]
@@ -1573,8 +1583,9 @@ def test_any_prompt_is_continued_or_refused(spoilable, prompt, name):
        st.dictionaries(st.sampled_from(SETTINGS), st.sampled_from(VALUES), min_size=1, max_size=3))
 @example("lstm", {"n_embd": "9223372036854775807"})
 def test_any_settings_train_or_are_refused(spoilable, name, keys):
-    survives(train.main, tiny_keys(name, "out/new", "--batch_size=4", "--max_iters=2",
-                                   *(f"--{k}={v}" for k, v in keys.items())))
+    with at_most(resource.RLIMIT_DATA, 2 ** 36):
+        survives(train.main, tiny_keys(name, "out/new", "--batch_size=4", "--max_iters=2",
+                                       *(f"--{k}={v}" for k, v in keys.items())))
 
 
 @FUZZ
