@@ -206,25 +206,25 @@ def read_documents(path, quality, left_out):
     import zstandard
     path, file, found = Path(path), open(path, "rb"), False
     # Where the last frame of a .zst is cut off, its reader just ends. So a frame of ours stands behind the
-    # file's, a single NUL: what does not end in it was not whole.
-    end, whole = iter([zstandard.compress(b"\0")]), path.suffix != ".zst"
-    raw = SimpleNamespace(read=lambda size: file.read(size) or next(end, b""))
+    # file's, with a line that is a single NUL: what ends before it was not whole.
+    packed, ours = path.suffix == ".zst", iter([zstandard.compress(b"\n\0")])
+    raw = SimpleNamespace(read=lambda size: file.read(size) or next(ours, b""))
     unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    stream = io.TextIOWrapper(unpacked if path.suffix == ".zst" else file, encoding="utf-8-sig", newline="")
+    stream = io.TextIOWrapper(unpacked if packed else file, encoding="utf-8-sig", newline="")
     with file, progress_bar(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
             if path.suffix == ".txt":
                 yield stream.read()
                 return
-            for n, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), ""), 1):
+            for n, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), "\0" * packed), 1):
                 bar.update(file.tell() - bar.n)
-                if not whole and line.endswith("\0"):
-                    whole, line = True, line[:-1]
-                    if not line:
-                        break
+                if not line:
+                    raise zstandard.ZstdError("it is cut off")
                 if len(line) == LONGEST_LINE:
                     raise ValueError(f"longer than {LONGEST_LINE:,} characters")
-                record = {"text": line} if line.isspace() else json.loads(line)
+                if line.isspace():
+                    continue
+                record = json.loads(line)
                 text, label = record["text"], (record.get("meta") or {}).get("quality")
                 if not text.strip():
                     left_out["blank documents"] += 1
@@ -233,8 +233,6 @@ def read_documents(path, quality, left_out):
                 else:
                     found = True
                     yield text.encode("utf-8", "replace").decode()      # JSON can spell a lone surrogate
-            if not whole:
-                raise zstandard.ZstdError("it is cut off")
         except zstandard.ZstdError as error:
             raise UserError(f"{path} is not a zstd file, or a damaged one ({error})") from None
         except UnicodeDecodeError as error:
@@ -274,9 +272,9 @@ def fetch_plwiki(folder):
 
 def train_tokenizer(texts, vocab_size):
     """Learn a Llama-style BPE (Sennrich et al. 2016) of vocab_size entries from an iterable of texts: <unk>,
-    <s>, </s>, then 256 byte tokens to which any unseen character falls back, then the merges. A space is the
-    mark ▁ at the front of a word; decoding gives the text back, but for a ▁ of its own. The vocabulary is
-    learned from all splits: it only fixes the units, which both models share."""
+    <s>, </s>, then 256 byte tokens, to which rare characters fall back, the other characters, the merges. A
+    space is the mark ▁ at the front of a word; decoding gives the text back, but for a ▁ of its own. All
+    splits are learned from: this only fixes the units, which both models share."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
@@ -361,7 +359,7 @@ def load_dataset(name):
 
 def count_windows(tokens, block_size):
     """How many windows of block_size + 1 tokens a split holds; neighbours share one token, which is the last
-    target of one and the first input of the next, so that each token is predicted once."""
+    target of one and the first input of the next, so that no token is predicted twice."""
     return (len(tokens) - 1) // block_size
 
 
@@ -381,7 +379,7 @@ def train_windows(n, step, batch_size, seed, rank=0, world_size=1):
 
 def get_batch(tokens, windows, block_size, device):
     """Windows by number -> idx and targets (B, T) int64 on device: targets are the tokens after idx."""
-    rows = np.stack([tokens[w * block_size:(w + 1) * block_size + 1] for w in map(int, windows)])
+    rows = np.stack([tokens[w * block_size:(w + 1) * block_size + 1] for w in windows])
     batch = torch.from_numpy(rows.astype(np.int64))
     if torch.device(device).type == "cuda":
         batch = batch.pin_memory()      # from there the copy runs beside the computation

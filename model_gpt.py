@@ -3,12 +3,12 @@
 Pure PyTorch: no files, no training code. Read it beside model_lstm.py: same order, same names; they differ in
 Block (attention here, recurrence there) and so in the state that generation carries.
 
-    model = GPT(GPTConfig())                     # the report's model: 134,367,744 parameters
+    model = GPT(GPTConfig())                     # of the report's size: 134,367,744 parameters
     logits, loss = model(idx, targets)           # training
     logits, state = model.step(idx, state)       # generation, a few tokens at a time
 
-Dimensions: B sequences, T tokens, S keys (the T and those before), C = n_embd channels, nh heads of
-hs = C / nh channels, V vocabulary.
+Dimensions: B sequences, T tokens, S keys (the T and those before; on a GPU more, masked), C = n_embd
+channels, nh heads of hs = C / nh channels, V vocabulary.
 """
 import math
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """Sizes of the Transformer; the defaults are the report's."""
+    """Sizes of the Transformer: the defaults are the report's. Its switches: the tuned recipe's."""
     block_size: int = 256           # most tokens the model sees at once (its context)
     vocab_size: int = 32000         # number of token ids; taken from the dataset
     n_layer: int = 12               # Transformer blocks
     n_head: int = 12                # attention heads per block; must divide n_embd
     n_embd: int = 768               # channels
-    dropout: float = 0.0            # share of activations dropped; 0 is usual below an epoch
+    dropout: float = 0.0            # share dropped of the stream and its branches; 0 below an epoch
     fused_attention: bool = True    # scaled_dot_product_attention; False: the same sums by hand
 
     def __post_init__(self):
@@ -49,7 +49,8 @@ def manual_attention(q, k, v, mask):
 
 
 def fused_attention(q, k, v, mask):
-    """The same as manual_attention, without ever storing the (T, S) scores (Dao et al. 2022)."""
+    """The same as manual_attention; where PyTorch has a kernel for it, the (T, S) scores are never stored
+    (Dao et al. 2022)."""
     if mask.size(0) == mask.size(1):    # T = S, so no past: the kernel skips the masked half
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -131,7 +132,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 # GPT-2's 0.02; the 2 * n_layer branches that add to the residual stream are scaled so
-                # that its variance does not grow with depth
+                # that its variance at the end is the same for any depth
                 branch = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if branch else 0.02)
             elif name.endswith("bias"):

@@ -3,7 +3,7 @@
 Pure PyTorch: no files, no training code. Read it beside model_gpt.py: same order, same names; they differ in
 Block (recurrence here, attention there) and so in the state that generation carries.
 
-    model = LSTM(LSTMConfig())                   # the report's model: 131,054,848 parameters
+    model = LSTM(LSTMConfig())                   # of the report's size: 131,054,848 parameters
     logits, loss = model(idx, targets)           # training
     logits, state = model.step(idx, state)       # generation, a few tokens at a time
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 @dataclass
 class LSTMConfig:
-    """Sizes of the LSTM; the defaults are the report's."""
+    """Sizes of the LSTM: the defaults are the report's. Its switches: the tuned recipe's."""
     block_size: int = 256           # tokens per training window; the model itself has no limit
     vocab_size: int = 32000         # number of token ids; taken from the dataset
     n_layer: int = 10               # stacked LSTM layers
@@ -39,7 +39,7 @@ class LSTMConfig:
 
 
 def manual_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
-    """One layer over T steps, its equations as they stand in the textbook. Generation uses it.
+    """One layer over T steps, its equations as they stand in the textbook. Generation's single steps use it.
 
     x (T, B, n_input), h and c (B, H) -> y (T, B, H) and the last h and c. The cell c is float32 at least: it
     is a sum over hundreds of steps, which bfloat16's 8 bits would round away.
@@ -106,7 +106,7 @@ class Scan(torch.autograd.Function):
             dc = dc * f[t]
             dh = times_w_hh(d[t])
         dw_hh = d.flatten(0, 1).t() @ h[:-1].flatten(0, 1)              # one matmul over all T * B rows
-        return d, dw_hh, dh, dc.to(c.dtype)
+        return d, dw_hh, dh, dc
 
 
 def scan_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
@@ -123,7 +123,7 @@ warnings.filterwarnings("ignore", message="RNN module weights are not part of si
 def cudnn_recurrence(x, h, c, *weights):
     """The same as manual_recurrence, in one call of NVIDIA's kernel (Appleyard et al. 2016), whose cell is in
     the same dtype as all else. In float16, and for one layer a call, PyTorch chooses a kernel that keeps the
-    weights on the chip through all steps: more than twice as fast."""
+    weights on the chip through all steps (Diamos et al. 2016): more than twice as fast."""
     # cast here: autocast would choose float16, even where bfloat16 was asked for
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     x, h, cell, *weights = (t.to(dtype) for t in (x, h[None], c[None], *weights))

@@ -65,7 +65,7 @@ class SampleConfig:
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, mode=None):
     """Continue idx (B, T): yield the next ids (B,), max_new_tokens times. The model is in eval mode.
 
-    mode: "naive" computes the whole window anew for every token, as the report and nanoGPT do; "cached"
+    mode: "naive" computes the whole window anew for every token, as the report and nanoGPT did; "cached"
     feeds only the newest token to model.step, which keeps what it needs of the past; "graph" is that in one
     launch per token, on CUDA, and "compiled" the same with fewer kernels. None: graph on CUDA, else cached.
     The tokens are the same, but for rounding. generator, a CPU one, decides all draws.
@@ -195,8 +195,8 @@ def fastest_row_kernel(dtype):
 
 def int8_multiplier(w):
     """8-bit integers. Each output channel n has one scale, s_n = max |w_n| / 127, and the integers
-    round(w_n / s_n): half the bytes of bfloat16. The kernel multiplies integers by integers, so the
-    activations, in float32, are rounded too, by the range of each call (Jacob et al. 2018)."""
+    round(w_n / s_n): half the bytes of bfloat16. The kernel multiplies integers by integers (Jacob et
+    al. 2018), so the activations, in float32, are rounded too, by the range of each call."""
     scale, zero = w.abs().amax(dim=1).clamp(min=1e-12) / 127, torch.zeros(len(w), dtype=torch.int64)
     if torch.backends.quantized.engine == "none":       # macOS: it has a kernel, and chooses none
         torch.backends.quantized.engine = "qnnpack"
@@ -331,7 +331,8 @@ def export(model, tok, folder):
         tensors[name] = w.contiguous()
     settings = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_positions": c.block_size,
                 "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
-                "activation_function": "gelu_new", "tie_word_embeddings": False} if is_gpt else vars(c)
+                "activation_function": "gelu_new", "tie_word_embeddings": False, "attn_pdrop": 0.0,
+                "embd_pdrop": c.dropout, "resid_pdrop": c.dropout} if is_gpt else vars(c)
     ends = {"bos_token_id": tok.bos_token_id, "eos_token_id": tok.eos_token_id}
     facts = {"format": "pt"} if is_gpt else {"format": "pt", "residual": f"{c.residual}: if True, each layer "
                                              "as wide as its input adds this input to its output"}

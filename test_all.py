@@ -841,7 +841,7 @@ def test_what_is_left_out_is_counted(empty, capsys):
     Path("a.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": " "}]) + "\n\n")
     prepare("a", "a.jsonl", "--vocab_size=32000")
     said = capsys.readouterr().out
-    assert "left out: 100 documents of quality LOW" in said and "left out: 2 blank documents" in said
+    assert "left out: 100 documents of quality LOW" in said and "left out: 1 blank documents" in said
     assert re.search(r"it has [\d,]+: the text has no more pieces", said)
 
 
@@ -1419,11 +1419,14 @@ def test_a_signal_to_one_process_stops_all_together(here):
     assert results_of("out/together")["steps"] == saved_in("out/together")["state"]["step"] >= 4
 
 
-def test_an_offline_wandb_run_leaves_its_curves_and_no_key(here, monkeypatch):
+def test_an_offline_wandb_run_leaves_its_curves_and_results_and_no_key(here, monkeypatch):
+    import wandb
     for key, value in (("MODE", "offline"), ("SILENT", "true"), ("API_KEY", "5ec2e7" * 6 + "cafe")):
         monkeypatch.setenv(f"WANDB_{key}", value)
-    run_tiny("gpt", "out/wandb", "--max_iters=4", "--log_interval=1", "--wandb_log=True",
-             "--wandb_run_name=probe")
+    runs, init = [], wandb.init
+    with mock.patch("wandb.init", side_effect=lambda **keys: runs.append(init(**keys)) or runs[0]):
+        results = run_tiny("gpt", "out/wandb", "--max_iters=4", "--log_interval=1", "--wandb_log=True",
+                           "--wandb_run_name=probe")
     file, = Path("out/wandb").rglob("*.wandb")
     deadline = time.time() + 60     # a process of wandb's own writes it
     while file.read_bytes().count(b"val/loss") < 2 and time.time() < deadline:
@@ -1431,6 +1434,21 @@ def test_an_offline_wandb_run_leaves_its_curves_and_no_key(here, monkeypatch):
     raw = file.read_bytes()
     assert raw.count(b"val/loss") >= 2 and raw.count(b"train/loss") >= 4 and b"probe" in raw
     assert not any(b"5ec2e75ec2e7" in content for content in files_of("out/wandb").values())
+    # the last line of metrics has some of the same keys, and other values
+    shown = {(item.key or item.nested_key[0]): item.value_json for item in runs[0]._final_summary.item}
+    for key in "tokens_per_second", "minutes", "val_loss", "test_loss":
+        assert json.loads(shown[key]) == pytest.approx(results[key])
+
+
+def test_every_loss_that_wandb_gets_for_a_step_has_a_key_of_its_own(here):
+    """Else it keeps the later: train/loss is that of the step, also where the run is evaluated."""
+    run, kept = mock.Mock(id="abc123"), {}
+    with mock.patch("wandb.init", return_value=run):
+        run_tiny("gpt", "out/curve", "--max_iters=8", "--log_interval=1", "--wandb_log=True")
+    for call in run.log.call_args_list:
+        for key in call.args[0].keys() & {"train/loss", "train_loss", "val/loss"}:
+            assert kept.setdefault((call.kwargs["step"], key), call) is call
+    assert {step for step, key in kept if key == "train/loss"} == set(range(1, 9))
 
 
 @pytest.mark.parametrize("broken", ["", "init", "log", "finish"])
@@ -1679,7 +1697,8 @@ def test_sample_streams_text_and_repeats_itself(name, work, empty, capsys):
 def export(name, weights):
     """Put weights into a run's best checkpoint, and export it to the folder away."""
     path = Path(train.MODELS[name][2], "ckpt.pt")
-    torch.save({**saved_in(path.parent, path.name), "model": weights}, path)
+    saved = saved_in(path.parent, path.name)
+    torch.save({**saved, "model": weights, "model_config": {**saved["model_config"], "dropout": 0.25}}, path)
     sample.main([f"--model={name}", "--export=away"])
 
 
@@ -1700,6 +1719,8 @@ def test_an_exported_model_is_the_same_elsewhere(name, spoilable):
     logits, loss = ours(idx, idx)
     if name == "gpt":
         theirs = AutoModelForCausalLM.from_pretrained("away").eval()
+        drops = theirs.config.embd_pdrop, theirs.config.resid_pdrop, theirs.config.attn_pdrop
+        assert drops == (0.25, 0.25, 0.0)       # to train on as here: transformers' own are 0.1
         expected = theirs(idx).logits
         assert close([logits], [expected], 1e-4)
         greedy = theirs.generate(idx, do_sample=False, max_new_tokens=20, eos_token_id=None)
