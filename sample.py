@@ -65,7 +65,7 @@ class SampleConfig:
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, mode=None):
     """Continue idx (B, T): yield the next ids (B,), max_new_tokens times. The model is in eval mode.
 
-    mode: "naive" computes the whole window anew for every token, as the report and nanoGPT did; "cached"
+    mode: "naive" computes the whole window anew for every token, as the report and nanoGPT do; "cached"
     feeds only the newest token to model.step, which keeps what it needs of the past; "graph" is that in one
     launch per token, on CUDA, and "compiled" the same with fewer kernels. None: graph on CUDA, else cached.
     The tokens are the same, but for rounding. generator, a CPU one, decides all draws.
