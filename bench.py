@@ -171,7 +171,7 @@ def bench_training(name, device, config):
         tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=n_tokens)
         trainer = Trainer(settings, model, {"train": tokens})
         trainer.train_step()                            # warm up: compilation, allocations, the moments
-        n_steps = 1 if device.type == "cpu" else 10     # in bfloat16, train.py does not wait for a GPU
+        n_steps = 1 if device.type == "cpu" else 10     # only float16 waits for a GPU in each
         taken = median(seconds(lambda: [trainer.train_step() for _ in range(n_steps)], device)
                        for _ in range(config.repeats))
         speed = n_steps * trainer.tokens_per_step / taken

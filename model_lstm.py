@@ -101,7 +101,7 @@ class Scan(torch.autograd.Function):
         for t in reversed(range(T)):
             dh = dh + dh_out[t]
             dc = torch.addcmul(dc, dh, dh_dc[t])
-            d[t, :, :3 * H].view(B, 3, H).mul_(dc[:, None])
+            d[t, :, :3 * H].view(B, 3, H).mul_(dc[:, None])             # i, f and g act through c_t
             do[t].mul_(dh)
             dc = dc * f[t]
             dh = times_w_hh(d[t])
