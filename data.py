@@ -216,7 +216,7 @@ def read_documents(path, quality, left_out):
             if path.suffix == ".txt":
                 yield stream.read()
                 return
-            for n, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), "\0" * packed), 1):
+            for n, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), "\0" if packed else ""), 1):
                 bar.update(file.tell() - bar.n)
                 if not line:
                     raise zstandard.ZstdError("it is cut off")

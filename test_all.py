@@ -1533,7 +1533,6 @@ def test_a_full_disk_ends_in_one_line_and_what_was_there_is_whole(here):
     """Played by a limit of 50 kB on files, which checkpoints and tokens exceed."""
     shutil.copytree("outputs/transformer", "out/full", dirs_exist_ok=True)
     before, prepared = files_of("out/full"), ["--dataset=full", "--source=tiny.jsonl"]
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with at_most(resource.RLIMIT_FSIZE, 50_000):
         for main, keys, error, message in (
                 (train.main, ["--init_from=resume", "--max_iters=40", "--out_dir=out/full"], UserError,
@@ -1542,7 +1541,6 @@ def test_a_full_disk_ends_in_one_line_and_what_was_there_is_whole(here):
                 (data.main, [*prepared, "--tokenizer=data/tiny/tokenizer"], OSError, "File too large")):
             with pytest.raises(error, match=message):
                 main(keys)
-    signal.signal(signal.SIGXFSZ, handler)
     after = files_of("out/full")
     assert after.keys() <= before.keys() and not list(Path("data").glob("*full*"))
     assert after["last.pt"] == before["last.pt"] and after["ckpt.pt"] == before["ckpt.pt"]

@@ -158,7 +158,7 @@ class Trainer:
             fault = compile_fault(self.device)
             if fault and IS_MAIN:
                 print(f"{fault}: the run goes on without it, somewhat slower")
-            self.forward = self.ddp if fault else torch.compile(self.ddp)   # cut at DDP's buckets, to overlap
+            self.forward = self.ddp if fault else torch.compile(self.ddp)   # inside, DDP's exchange overlaps
 
         self.best = None                # the best checkpoint, until it is on disk
         self.interrupted = False        # this process, by a signal; self.stopping: any process
