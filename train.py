@@ -64,7 +64,7 @@ class TrainConfig:
     max_iters: int = 0                  # steps; 0: no limit
     max_minutes: float = 120.0          # with evaluations, without the final test; 0: no limit
     # optimizer
-    optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # muon for the GPT and mini, else adamw
+    optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # muon for the GPT, else adamw
     learning_rate: float = 4e-3         # the highest of the schedule
     muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
     embedding_lr_scale: float = 4.0     # embeddings learn at this times learning_rate; adam: 1
@@ -78,7 +78,7 @@ class TrainConfig:
     # evaluation, logging and saving
     eval_interval: int = 100            # steps between evaluations on train and val
     eval_iters: int = 10                # batches of each in an evaluation, always the same ones
-    log_interval: int = 10              # steps between looks at the loss, for the bar and train/loss
+    log_interval: int = 10              # steps between looks at the loss (bar, train/loss)
     save_minutes: float = 1.0           # between saves, so what a kill can lose; 0: every step
     wandb_log: bool = False             # Weights & Biases; WANDB_MODE=offline needs no account
     wandb_project: str = "polish-lm"    # project name there
