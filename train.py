@@ -40,7 +40,7 @@ from data import UserError, first_line, progress_bar
 from model_gpt import GPT, GPTConfig
 from model_lstm import LSTM, LSTMConfig
 
-FORMAT_VERSION = 9      # of the checkpoints; raised when an older one can no longer be read
+FORMAT_VERSION = 10     # of the checkpoints; raised when an older one can no longer be read
 # key: (class, config, default folder as the report names it)
 MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
 # Which of how many processes this is, as torchrun says. The first one writes and prints.
@@ -162,7 +162,6 @@ class Trainer:
 
         self.best = None                # the best checkpoint, until it is on disk
         self.interrupted = False        # this process, by a signal; self.stopping: any process
-        self.health = torch.zeros(())   # of the last step: loss + norm of the gradient, finite where both are
         self.wandb_run = None
 
     def run(self):
@@ -226,7 +225,7 @@ class Trainer:
         config, state, n = self.config, self.state, self.config.gradient_accumulation_steps
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * schedule_at(config, state)
+                group["lr"] = optimizer.defaults["lr"] * group.get("scale", 1.0) * schedule_at(config, state)
         torch.manual_seed(config.seed + state.step * WORLD_SIZE + RANK)
         self.loss = 0.0                                 # of this process's share of the step
         for i in range(n):
@@ -249,14 +248,14 @@ class Trainer:
             optimizer.zero_grad()
         self.scaler.update()
         state.step += 1
-        self.health = self.loss if overflow else self.loss + norm
 
     def check_finite(self, *losses):
-        """Raises UserError where the last step, or one of these losses, is not finite: its weights are never
-        saved. Steps before need no look: once weights are not finite, no loss is. Forces a host sync."""
-        if not all(map(math.isfinite, (self.health.item(), *losses))):
+        """Raises UserError where the weights, or one of these losses, are not finite: such weights are never
+        saved. A gradient need not be looked at: it spoils the weights at once. Forces a host sync."""
+        weights = torch.nn.utils.get_total_norm(self.model.parameters())
+        if not all(map(math.isfinite, (weights, *losses))):
             raise UserError(
-                f"step {self.state.step}: the loss or its gradient is no longer finite. The learning rate is "
+                f"step {self.state.step}: the loss or a weight is no longer finite. The learning rate is "
                 f"too high: try --learning_rate={self.config.learning_rate / 3:.1g} (and a lower "
                 f"--muon_learning_rate, where that is set). {self.out_dir} holds the last save")
 
@@ -312,8 +311,9 @@ class Trainer:
 
     def log(self):
         """Show the loss of the last step, and the speed."""
-        self.check_finite()
-        loss, speed = self.loss.item(), self.tokens_per_second()
+        loss = self.loss.item()
+        self.check_finite(loss)
+        speed = self.tokens_per_second()
         self.bar.postfix = f"step {self.state.step}, loss {loss:.3f}, {speed:,.0f} tokens/s"
         self.log_wandb({"train/loss": loss, "tokens_per_second": speed,
                         "tokens_seen": self.state.step * self.tokens_per_step})
@@ -445,17 +445,16 @@ def make_optimizers(model, config, dtype=torch.float32):
         # the gradient. Where gradients are small, the decay grows to full step length.
         return [torch.optim.Adam(model.parameters(), lr, betas, weight_decay=decay)]
     # A token's row has a gradient only where the token occurs, so the embeddings bear longer steps; the
-    # positions', which are few, go with them. An optimizer of their own, for the schedule sets one rate each.
+    # positions', which are few, go with them.
     embeddings = [p for n, p in model.named_parameters() if n.startswith(("wte", "wpe"))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if name == "muon" else []
     rest = [p for p in model.parameters() if all(p is not q for q in embeddings + matrices)]
     # Decay apart from the gradient (Loshchilov and Hutter 2019), and on matrices only: shrinking a bias or a
     # layer norm's gain towards zero regularises nothing.
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": decay},
+    groups = [{"params": embeddings, "scale": config.embedding_lr_scale},
+              {"params": [p for p in rest if p.dim() >= 2]},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr, betas, fused=True),     # one kernel for all
-                  torch.optim.AdamW(embeddings, config.embedding_lr_scale * lr, betas, weight_decay=decay,
-                                    fused=True)]
+    optimizers = [torch.optim.AdamW(groups, lr, betas, weight_decay=decay, fused=True)]     # one kernel for all
     if matrices:
         lr = lr if config.muon_learning_rate is None else config.muon_learning_rate
         # bfloat16 is exact enough for Newton-Schulz; where the processor lacks it, float32 is faster
