@@ -134,7 +134,7 @@ class TorchLSTM(LSTM):
         self.blocks = nn.LSTM(config.n_embd, config.n_hidden, config.n_layer)
 
     def _hidden(self, idx, state, recurrence):
-        return self.blocks(self.wte(idx.t()))[0], None, None
+        return self.blocks(self.wte(idx.t()))[0].transpose(0, 1), None
 
 
 REPORT, MIXED = RECIPES["report"], {**RECIPES["report"], "dtype": "auto"}

@@ -188,17 +188,16 @@ class LSTM(nn.Module):
             nn.init.uniform_(p, -bound, bound)
 
     def _hidden(self, idx, state, recurrence):
-        """idx (B, T) and the state before it -> (T, B, H), what the head reads, and the state after it."""
+        """idx (B, T), the state before it -> (B, T, H), what the head reads, and each layer's new h and c."""
         if self.config.cudnn and idx.is_cuda and idx.size(1) > 1:
             recurrence = cudnn_recurrence       # for one token, packing the weights takes longer
         # time first: the slice of one step is then one contiguous piece of memory
         x = F.dropout(self.wte(idx.t()), self.config.dropout, self.training)
-        hs, cs = [], []
+        new = []
         for block, h, c in zip(self.blocks, *state):
-            x, h, c = block(x, h, c, recurrence)
-            hs.append(h)
-            cs.append(c)
-        return x, hs, cs
+            x, *after = block(x, h, c, recurrence)
+            new.append(after)
+        return x.transpose(0, 1), new
 
     def forward(self, idx, targets=None, reduction="mean"):
         """idx and targets (B, T) int64 -> (logits, loss).
@@ -206,8 +205,7 @@ class LSTM(nn.Module):
         With targets: logits (B, T, V), detached, and the cross entropy in nats per token: its mean, or with
         reduction="none" that of each token (B, T). Without: logits (B, 1, V) for the last position, and None.
         """
-        x, _, _ = self._hidden(idx, self.init_state(len(idx)), scan_recurrence)
-        x = x.transpose(0, 1)                                           # (B, T, H)
+        x, _ = self._hidden(idx, self.init_state(len(idx)), scan_recurrence)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         logits = self.lm_head(x)
@@ -225,10 +223,10 @@ class LSTM(nn.Module):
     @torch.no_grad()
     def step(self, idx, state):
         """Consume idx (B, T), T >= 1 tokens -> logits (B, V) after the last; the state, written in place."""
-        x, *new = self._hidden(idx, state, manual_recurrence)
-        for kept, layers in zip(state, new):
+        x, new = self._hidden(idx, state, manual_recurrence)
+        for kept, layers in zip(state, zip(*new)):
             torch.stack(layers, out=kept)
-        return self.lm_head(x[-1]), state
+        return self.lm_head(x[:, -1]), state
 
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
