@@ -66,7 +66,7 @@ class Scan(torch.autograd.Function):
         T, (B, H) = len(xg), h0.shape
         gates = torch.empty_like(xg)                                    # (T, B, 4H), activated
         h = xg.new_empty(T + 1, B, H)                                   # h[t] is the state before step t
-        c = c0.new_empty(T + 1, B, H, dtype=torch.promote_types(xg.dtype, torch.float32))
+        c = c0.new_empty(T + 1, B, H)                                   # float32 at least, see init_state
         h[0], c[0] = h0, c0
         times_w_hh = multiplier(w_hh, B)
         for t in range(T):                                              # only what depends on h[t] is here
