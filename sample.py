@@ -227,10 +227,10 @@ def to_dtype(model, dtype):
 # ----------------------------------------------------------------------------------------------------
 # Text
 
-def continue_prompt(model, tok, config, stream=False):
-    """Generate config.num_samples continuations of the prompt as one batch -> a list of token id lists, each
-    what is read of the prompt, then its continuation up to </s>; and tokens/s over all after the first token.
-    stream: print the text of the only one as it comes. Raises UserError for another model's tokenizer."""
+def continue_prompt(model, tok, config):
+    """Generate and print config.num_samples continuations of the prompt as one batch, a single one as it
+    comes -> a list of token id lists, each what is read of the prompt, then its continuation up to </s>; and
+    tokens/s over all after the first token. Raises UserError for another model's tokenizer."""
     # of a long prompt the newest block_size tokens: neither model was trained on more
     ids = [tok.bos_token_id, *data.encode(tok, [config.prompt])[0]][-model.config.block_size:]
     if max(ids) >= model.config.vocab_size:
@@ -238,6 +238,7 @@ def continue_prompt(model, tok, config, stream=False):
     idx = torch.tensor([ids] * config.num_samples, device=next(model.parameters()).device)
     generator, rows = torch.Generator().manual_seed(config.seed), []
     decode, shown, held, eos = tok.backend_tokenizer.decode, ids, [], tok.eos_token_id
+    stream = config.num_samples == 1
     if stream:
         print(config.prompt, end="", flush=True)
     for next_ids in generate(model, idx, config.max_new_tokens, config.temperature, config.top_k,
@@ -246,9 +247,9 @@ def continue_prompt(model, tok, config, stream=False):
         if len(rows) == 1:
             next_ids.tolist()                           # the prompt's pass is over
             start = time.perf_counter()
-        if config.num_samples == 1 and next_ids.item() == eos:
-            break
         if stream:
+            if next_ids.item() == eos:
+                break
             held.append(next_ids.item())
             new = decode(shown + held)[len(decode(shown)):]
             if new and not new.endswith("\ufffd"):      # a character in several tokens waits to be whole
@@ -256,7 +257,13 @@ def continue_prompt(model, tok, config, stream=False):
                 shown, held = held, []
     new = torch.stack(rows, dim=1).tolist()             # also waits for the device
     speed = config.num_samples * (len(rows) - 1) / (time.perf_counter() - start)
-    return [ids + row[:[*row, eos].index(eos)] for row in new], speed       # up to the first </s>, or all
+    rows = [ids + row[:[*row, eos].index(eos)] for row in new]              # up to the first </s>, or all
+    if stream:
+        print()                             # its text is there already
+    else:
+        for i, row in enumerate(rows, 1):
+            print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
+    return rows, speed
 
 
 def find_run(config):
@@ -287,32 +294,20 @@ def main(argv):
     model = to_dtype(checkpoint["model"].to(device), dtype)
     facts = {"model": checkpoint["config"]["model"], "dataset": checkpoint["config"]["dataset"],
              "device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}
+    asked, results = [(config.prompt, config.temperature)], []
+    if config.grid:         # the report's inference file, each text with its <s>, as the report's
+        asked = [(prompt, temperature) for prompt in GRID_PROMPTS for temperature in GRID_TEMPERATURES]
+    for prompt, temperature in asked:
+        rows, speed = continue_prompt(model, tok, replace(config, prompt=prompt, temperature=temperature))
+        print("[{model}, {dataset}, {:.1f} tokens/s, {device}, {dtype}, temperature {}]".format(
+            speed, temperature, **facts))
+        results += [{"prompt": prompt, "temperature": temperature, "text": tok.decode(row),
+                     "new_tokens_per_second": round(speed, 1)} for row in rows]
     if config.grid:
-        return grid(model, tok, config, facts, out_dir)
-    rows, speed = continue_prompt(model, tok, config, stream=config.num_samples == 1)
-    if config.num_samples == 1:
-        print()                             # its text is there already
-    else:
-        for i, row in enumerate(rows, 1):
-            print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
-    print("[{model}, {dataset}, {speed:.1f} tokens/s, {device}, {dtype}]".format(speed=speed, **facts))
-
-
-def grid(model, tok, config, facts, out_dir):
-    """The report's inference file: all prompts at all temperatures -> *_inference_results.json in out_dir,
-    each text with its <s>, as the report's."""
-    results = []
-    for prompt in GRID_PROMPTS:
-        for temperature in GRID_TEMPERATURES:
-            config = replace(config, prompt=prompt, temperature=temperature)
-            rows, speed = continue_prompt(model, tok, config)
-            results += [{"prompt": prompt, "temperature": temperature, "text": tok.decode(row),
-                         "new_tokens_per_second": round(speed, 1)} for row in rows]
-            print(f"--- temperature {temperature}\n{results[-1]['text']}")
-    settings = {k: getattr(config, k) for k in ("top_k", "top_p", "max_new_tokens", "seed")}
-    path = out_dir / f"{Path(MODELS[facts['model']][2]).name}_inference_results.json"
-    write_json(path, {**facts, "settings": settings, "results": results})
-    print(f"[{len(results)} texts in {path}]")
+        settings = {k: getattr(config, k) for k in ("top_k", "top_p", "max_new_tokens", "seed")}
+        path = out_dir / f"{Path(MODELS[facts['model']][2]).name}_inference_results.json"
+        write_json(path, {**facts, "settings": settings, "results": results})
+        print(f"[{len(results)} texts in {path}]")
 
 
 def export(model, tok, folder):

@@ -507,6 +507,7 @@ def test_draws_follow_the_softmax_that_temperature_top_k_and_top_p_leave():
 @pytest.mark.parametrize("num_samples", [1, 4])
 def test_a_continuation_ends_before_its_end_mark(num_samples, monkeypatch):
     model, ids, tok = make("gpt"), [1, 2, 3], mock.Mock(bos_token_id=1, eos_token_id=-1)   # no token is -1
+    tok.backend_tokenizer.decode.return_value = ""
     monkeypatch.setattr(data, "encode", lambda tok, texts: [[2, 3]])
     config = sample.SampleConfig(max_new_tokens=30, num_samples=num_samples)
     free, _ = sample.continue_prompt(model, tok, config)
@@ -1687,6 +1688,7 @@ def test_sample_streams_text_and_repeats_itself(name, work, empty, capsys):
     assert [(r["prompt"], r["temperature"]) for r in rows] == \
         [(p, t) for p in sample.GRID_PROMPTS for t in (0.5, 1.0, 1.5)] and len(sample.GRID_PROMPTS) >= 5
     assert all(r["text"].startswith("<s>") for r in rows)
+    assert capsys.readouterr().out.count("temperature 0.5]\n") == len(sample.GRID_PROMPTS)
     os.utime(f"{train.MODELS[name][2]}/ckpt.pt")        # now it is the newest
     sample.main(["--max_new_tokens=2"])
     assert f"[{name}, tiny" in capsys.readouterr().out
