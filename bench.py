@@ -16,11 +16,11 @@ train.py as they are.
 import glob
 import json
 import re
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
+from timeit import timeit
 from typing import Literal
 
 import numpy as np
@@ -61,11 +61,7 @@ class BenchConfig:
 def seconds(function, device):
     """How long function() takes. A GPU works on its own: it must be waited for."""
     synchronize = getattr(torch, device.type).synchronize
-    synchronize()
-    start = time.perf_counter()
-    function()
-    synchronize()
-    return time.perf_counter() - start
+    return timeit(lambda: (function(), synchronize()), setup=synchronize, number=1)
 
 
 # ----------------------------------------------------------------------------------------------------
