@@ -38,7 +38,7 @@ class SampleConfig:
     """What to generate."""
     model: Literal["auto", "gpt", "lstm"] = "auto"  # auto: the one with the newest checkpoint
     out_dir: str = ""               # folder of ckpt.pt; empty: outputs/transformer or outputs/rnn
-    prompt: str = "W 1920 roku"     # text to continue
+    prompt: str = "W 1920 roku"     # text to continue; empty: a new one
     temperature: float = 1.0        # below 1 safer, above wilder; 0: always the likeliest
     top_k: int = 0                  # draw among the k likeliest tokens only; 0: all
     top_p: float = 1.0              # draw among the likeliest that together reach this; 1: all
@@ -57,8 +57,6 @@ class SampleConfig:
         if not 1e-6 <= self.top_p <= 1:
             raise ValueError("top_p must be 1e-6 to 1")
         self.prompt = self.prompt.encode("utf-8", "replace").decode()   # it can hold a lone surrogate
-        if not self.prompt.strip():
-            raise ValueError("the prompt is empty: give a word to begin with, --prompt='Dawno temu'")
 
 
 @torch.inference_mode()
