@@ -409,11 +409,6 @@ def whole_number(text):
     return int(text) if text.isdecimal() else int(float(text))
 
 
-def text_or_path(text):
-    """A shell leaves the ~ of --key=~/x as it is."""
-    return os.path.expanduser(text) if text.startswith("~/") else text
-
-
 def true_or_false(text):
     return ("false", "true").index(text.lower()) == 1
 
@@ -429,7 +424,8 @@ def parse_args(argv, doc, *configs):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False,
                                      argument_default=argparse.SUPPRESS)
     kinds = {f.name: f.type for config in configs for f in fields(config)}
-    read = {int: whole_number, bool: true_or_false, float: float, str: text_or_path}
+    # a shell leaves the ~ of --key=~/x as it is
+    read = {int: whole_number, bool: true_or_false, float: float, str: os.path.expanduser}
     for key, kind in kinds.items():
         parser.add_argument(f"--{key}", type=read.get(kind), choices=typing.get_args(kind) or None)
     try:
