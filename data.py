@@ -137,8 +137,8 @@ def write_splits(parts, tok, folder):
     for split, fact in facts.items():
         fact["sha256"] = fact["sha256"].hexdigest()
         if fact["tokens"] < 2:
-            raise UserError(f"too little text: none is left for {split}. Take more, or a .txt, which "
-                            "is cut by its length")
+            raise UserError(f"too little text: none is left for {split}. Take more, --quality=ALL, or a "
+                            ".txt, which is cut by its length")
     return facts
 
 
@@ -204,7 +204,7 @@ def read_documents(path, quality, left_out):
     those left out. JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be
     missing. Raises UserError for any other line, naming it, and for another format or encoding."""
     import zstandard
-    path, file, found = Path(path), open(path, "rb"), False
+    path, file = Path(path), open(path, "rb")
     # Where the last frame of a .zst is cut off, its reader just ends. So a frame of ours stands behind the
     # file's, with a line that is a single NUL: what ends before it was not whole.
     packed, ours = path.suffix == ".zst", iter([zstandard.compress(b"\n\0")])
@@ -231,7 +231,6 @@ def read_documents(path, quality, left_out):
                 elif quality not in ("ALL", label or quality):
                     left_out[f"documents of quality {label}"] += 1
                 else:
-                    found = True
                     yield text.encode("utf-8", "replace").decode()      # JSON can spell a lone surrogate
         except zstandard.ZstdError as error:
             raise UserError(f"{path} is not a zstd file, or a damaged one ({error})") from None
@@ -241,8 +240,6 @@ def read_documents(path, quality, left_out):
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as why:
             raise UserError(f'{path}, line {n}: not {{"text": "...", "meta": {{...}}}} but '
                             f"{line[:60].strip()} ({why})") from None
-    if not found:
-        raise UserError(f"{path} holds no document" + f" of quality {quality}" * (quality != "ALL"))
 
 
 def reachable(url):

@@ -678,9 +678,9 @@ def test_unreachable_hub_and_speakleash_are_told_in_one_line_in_time(empty, monk
 
 GOOD = json.dumps({"text": "Dokument. " * 9, "meta": {"quality": "HIGH"}}).encode() + b"\n"
 BAD_SOURCES = {
-    "empty.jsonl": (b"", "holds no document"),
+    "empty.jsonl": (b"", "too little text"),
     "blank.txt": (b" \n\n", "too little text"),
-    "low.jsonl": (GOOD.replace(b"HIGH", b"LOW"), "quality HIGH"),
+    "low.jsonl": (GOOD.replace(b"HIGH", b"LOW"), "too little text"),
     "not.jsonl.zst": (b"plain text", "not a zstd file"),
     "broken.jsonl": (GOOD * 4999 + b"{oops\n", "line 5000: not {"),
     "deep.jsonl": (b"[" * 100_000 + b"\n", "line 1: not {"),
