@@ -105,11 +105,9 @@ def prepare(config):
             parts = parts_of_documents(documents(), config.seed)
         splits = write_splits(parts, tok, new)
         vocab_size = 1 + max(tok.get_vocab().values())      # more than len(tok) where ids are skipped
-        meta = {"format_version": FORMAT_VERSION, "dataset": config.dataset, "quality": config.quality,
-                "source": source or config.dataset, "seed": config.seed, "tokenizer": config.tokenizer,
+        meta = {"format_version": FORMAT_VERSION, **vars(config), "source": source or config.dataset,
                 "vocab_size": vocab_size, "splits": splits}
-        text = json.dumps(meta, indent=1, ensure_ascii=False)
-        (new / "meta.json").write_text(text, encoding="utf-8", errors="replace")    # a file's name can be odd
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))      # as ASCII: a file's name can be odd
         set_aside(target)
         new.rename(target)
     for why, n in left_out.items():
