@@ -83,10 +83,7 @@ def prepare(config):
     if not source and config.dataset == "plwiki":
         source = fetch_plwiki(target.parent / "speakleash")
 
-    left_out = Counter()
-
-    def documents():
-        left_out.clear()        # a source is read twice where a tokenizer is trained
+    def documents(left_out):
         texts = read_documents(source, config.quality, left_out) if source else mini_articles(config.seed)
         return itertools.islice(texts, config.n_docs or None)
 
@@ -95,14 +92,15 @@ def prepare(config):
         new = Path(staging) / "new"
         if tok is None:
             print(f"training a tokenizer of {config.vocab_size:,} entries")
-            tok = train_tokenizer(documents(), config.vocab_size)
+            tok = train_tokenizer(documents(Counter()), config.vocab_size)
             if len(tok) < config.vocab_size:
                 print(f"it has {len(tok):,}: the text has no more pieces that come twice")
         tok.save_pretrained(new / "tokenizer")      # which makes both folders
+        left_out = Counter()
         if source.endswith(".txt"):
-            parts = parts_of_text(next(documents()))
+            parts = parts_of_text(next(documents(left_out)))
         else:
-            parts = parts_of_documents(documents(), config.seed)
+            parts = parts_of_documents(documents(left_out), config.seed)
         splits = write_splits(parts, tok, new)
         vocab_size = 1 + max(tok.get_vocab().values())      # more than len(tok) where ids are skipped
         meta = {"format_version": FORMAT_VERSION, **vars(config), "source": source or config.dataset,
