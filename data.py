@@ -386,9 +386,6 @@ def get_batch(tokens, windows, block_size, device):
 class UserError(Exception):
     """A mistake the user can mend. Raised anywhere, it ends the program with one line and exit code 1."""
 
-    def __init__(self, message):
-        super().__init__(message.replace("\n", " "))
-
 
 def first_line(error):
     """What an exception says, in one line."""
@@ -470,7 +467,7 @@ def run(main):
     except BrokenPipeError:
         os._exit(141)       # as the shell reports a program that SIGPIPE ended
     except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}".replace("\n", " "))
     except Exception as error:      # libraries have no class for too little memory or a full disk
         known = "(out of|allocate|enough) memory|overflowed|os error"
         if not (isinstance(error, MemoryError) or re.search(known, str(error))):

@@ -91,10 +91,9 @@ def command(script, *keys, code=0, env={}):
 
 
 def refuses(message, call, *args):
-    """Assert that a call raises a UserError of one line that matches message."""
-    with pytest.raises(UserError, match=message) as error:
+    """Assert that a call raises a UserError that matches message."""
+    with pytest.raises(UserError, match=message):
         call(*args)
-    assert "\n" not in str(error.value)
 
 
 @contextmanager
@@ -870,7 +869,7 @@ CONFIGS = {data: [data.DataConfig], sample: [sample.SampleConfig], bench: [bench
 MISTAKES = [
     (train, "--learning_rat=1e-3", "did you mean --learning_rate?"),
     (train, "--learning=1e-3", "unknown key --learning,"),
-    (train, "--two\nlines=1", "unknown key --two lines"),
+    (train, "--two\nlines=1", "unknown key --two\nlines"),
     (train, "--n_head=4 --model=lstm", "unknown key --n_head"),
     (train, "batch_size=3", "did you mean --batch_size?"),
     (train, "--batch_size", "--batch_size"),
@@ -929,6 +928,9 @@ def test_too_little_memory_or_disk_is_told_in_one_line(here):
     with mock.patch("sys.exit") as end:
         data.run(mock.Mock(side_effect=Exception("No space left on device (os error 28)")))
     assert "os error 28" in end.call_args[0][0]
+    with mock.patch("sys.exit") as end:
+        data.run(mock.Mock(side_effect=UserError("--two\nlines")))
+    end.assert_called_with("error: --two lines")
     with pytest.raises(RuntimeError):           # a fault of the code keeps its traceback
         data.run(mock.Mock(side_effect=RuntimeError("an illegal memory access was encountered")))
 
@@ -1572,8 +1574,8 @@ def survives(main, argv, seconds=60):
     shutil.rmtree("out", ignore_errors=True)
     try:
         main(argv)
-    except UserError as error:
-        assert "\n" not in str(error)
+    except UserError:
+        pass
     except RuntimeError as error:       # data.run makes one line of this
         assert re.search("(out of|allocate|enough) memory|overflowed", str(error))
     finally:
