@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 # A closed stream (`2>&-`) is None; whoever writes to it would fail.
-sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+sys.stdout, sys.stderr = (s or open(os.devnull, "w", encoding="utf-8") for s in (sys.stdout, sys.stderr))
 # a log file gets a line every 20 seconds
 progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)
 FORMAT_VERSION = 2      # of data/NAME/; raised when an older folder can no longer be read
@@ -457,8 +457,7 @@ def run(main):
     for signum in signal.SIGTERM, signal.SIGHUP:
         if signal.getsignal(signum) != signal.SIG_IGN:      # nohup ignores SIGHUP: so it stays
             signal.signal(signum, lambda n, _: sys.exit(128 + n))   # an exit like any other: staging goes
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="replace")                    # a terminal may have no Polish letters
+    sys.stdout.reconfigure(errors="replace")    # a terminal may have no Polish letters; stderr escapes them
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
