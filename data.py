@@ -21,11 +21,11 @@ import re
 import signal
 import sys
 import tempfile
-import time
 import typing
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
+from datetime import datetime
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -184,10 +184,8 @@ def behind_link(folder):
 def set_aside(folder):
     """Rename folder, where there is one, to previous/NAME-DATE-TIME beside it; nothing is deleted."""
     if folder.exists():
-        name = folder.parent / "previous" / folder.name
-        name.parent.mkdir(exist_ok=True)
-        while (aside := Path(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")).exists():
-            time.sleep(0.1)
+        aside = folder.parent / "previous" / f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        aside.parent.mkdir(exist_ok=True)
         folder.rename(aside)
         print(f"what was in {folder} is now in {aside}")
 

@@ -1384,7 +1384,7 @@ def test_a_new_run_sets_the_last_one_aside_whole_but_no_other_files(here):
             run_tiny("gpt", "out/set/aside", "--seed=5")
     run_tiny("gpt", "out/link", "--max_iters=1", "--seed=7")
     one, two = sorted(Path("out/set/previous").iterdir())       # by their times
-    assert re.fullmatch(r"aside-\d{8}-\d{6}", one.name) and files_of(one) == first
+    assert re.fullmatch(r"aside-\d{8}-\d{6}-\d{6}", one.name) and files_of(one) == first
     assert first.keys() == files_of("out/set/aside").keys() > files_of(two).keys()
     assert Path("out/link").is_symlink() and results_of("out/link")["config"]["seed"] == 7
     assert "model_summary.txt" in files_of(two)     # which even an interrupted start leaves
