@@ -438,9 +438,8 @@ def configure(config_class, *layers):
         kind, choices = known[key].type, typing.get_args(known[key].type)
         if value is None and known[key].default is None:
             continue
-        if (value not in choices) if choices else (type(value) is not kind):
-            value = value if isinstance(value, (int, float, str)) else type(value).__name__  # not a huge list
-            raise UserError(f"--{key}={value}: must be {' or '.join(choices) or kind.__name__}")
+        if (value not in choices) if choices else (type(value) is not kind):    # it can be a huge list
+            raise UserError(f"--{key}: must be {' or '.join(choices) or kind.__name__}")
         if kind in (int, float) and not 0 <= value < 2 ** 63:       # nothing here means anything below zero
             raise UserError(f"--{key}={value}: must be a finite number, 0 or more")
     try:

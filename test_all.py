@@ -967,7 +967,7 @@ def test_keys_are_of_their_fields_types():
     for layer in ({"batch_size": "4"}, {"batch_size": 4.0}, {"batch_size": True}, {"learning_rate": None},
                   {"model": "rnn"}, {"model": 3}, {"wandb_log": 1}, {"seed": -1}, {"seed": 2 ** 63},
                   {"max_minutes": float("nan")}, {"max_minutes": float("inf")}, {"grad_clip": -0.5}):
-        refuses(f"--{list(layer)[0]}=.*: must be", data.configure, TrainConfig, layer)
+        refuses(f"--{list(layer)[0]}.*: must be", data.configure, TrainConfig, layer)
 
 
 @pytest.mark.parametrize("script", CONFIGS)
