@@ -97,10 +97,7 @@ def prepare(config):
                 print(f"it has {len(tok):,}: the text has no more pieces that come twice")
         tok.save_pretrained(new / "tokenizer")      # which makes both folders
         left_out = Counter()
-        if source.endswith(".txt"):
-            parts = parts_of_text(next(documents(left_out)))
-        else:
-            parts = parts_of_documents(documents(left_out), config.seed)
+        parts = parts_of(documents(left_out), config.seed, by_place=source.endswith(".txt"))
         splits = write_splits(parts, tok, new)
         vocab_size = 1 + max(tok.get_vocab().values())      # more than len(tok) where ids are skipped
         meta = {"format_version": FORMAT_VERSION, **vars(config), "source": source or config.dataset,
@@ -138,23 +135,18 @@ def write_splits(parts, tok, folder):
     return facts
 
 
-def parts_of_documents(texts, seed):
+def parts_of(texts, seed, by_place):
     """Texts -> (split, part of a text, opens, closes). A text's split is a hash of it: identical documents
-    share one, and nothing depends on the order of the source."""
+    share one, and nothing depends on the order of the source. Or it is by_place, as nanoGPT cuts its texts:
+    the first 80 % of a text are train, then 10 % val and 10 % test, in parts of at most a 200th."""
     for text in texts:
         digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
-        split, parts = BY_TENTHS[int.from_bytes(digest, "little") % 10], list(cut(text))
-        for i, part in enumerate(parts):
-            yield split, part, i == 0, i == len(parts) - 1
-
-
-def parts_of_text(text):
-    """One text -> (split, part, opens, closes), with a progress bar: the first 80 % are train, then 10 % val
-    and 10 % test, as nanoGPT cuts its texts. Parts are at most a 200th of it, or 100 characters if more."""
-    parts, done = list(cut(text, min(LONGEST_PART, max(100, len(text) // 200)))), 0
-    for i, part in enumerate(progress_bar(parts, desc="encoding")):
-        yield BY_TENTHS[10 * done // max(1, len(text))], part, i == 0, i == len(parts) - 1
-        done += len(part)
+        hashed, done = int.from_bytes(digest, "little") % 10, 0
+        parts = list(cut(text, min(LONGEST_PART, max(100, len(text) // 200)) if by_place else LONGEST_PART))
+        for i, part in enumerate(progress_bar(parts, desc="encoding", disable=not by_place)):
+            tenth = 10 * done // max(1, len(text)) if by_place else hashed
+            yield BY_TENTHS[tenth], part, i == 0, i == len(parts) - 1
+            done += len(part)
 
 
 def cut(text, most=LONGEST_PART):
@@ -208,6 +200,7 @@ def read_documents(path, quality, left_out):
     with file, progress_bar(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
             if path.suffix == ".txt":
+                bar.close()     # the next to come is that of its encoding
                 yield stream.read()
                 return
             for n, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), "\0" if packed else ""), 1):

@@ -576,7 +576,7 @@ def test_a_documents_split_hangs_on_its_text_and_the_seed_alone(empty):
     for split, found in counts.items():
         assert set(found.values()) == {2} and meta["splits"][split]["documents"] == found.total()
         assert splits[split].dtype == np.uint16 and splits[split].max() < meta["vocab_size"]
-    shares = Counter(part[0] for part in data.parts_of_documents(map(str, range(10_000)), seed=1))
+    shares = Counter(part[0] for part in data.parts_of(map(str, range(10_000)), 1, by_place=False))
     assert [shares[split] / 1000 for split in data.SPLITS] == pytest.approx([8, 1, 1], abs=0.1)
 
 
