@@ -56,10 +56,6 @@ class DataConfig:
     quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # those unlabelled are kept
     seed: int = 1337                # of the split into train, val and test, and of mini's text
 
-    def __post_init__(self):
-        if not 512 <= self.vocab_size <= 65536:
-            raise ValueError("vocab_size must be 512 to 65536: a token is stored in 16 bits")
-
 
 # What differs from the defaults above for these two names.
 PRESETS = {"plwiki": {"n_docs": 100_000}, "mini": {"tokenizer": "train", "vocab_size": 2048}}
@@ -76,6 +72,8 @@ def prepare(config):
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
     if source and not (Path(source).is_file() and source.endswith((".jsonl", ".jsonl.zst", ".txt"))):
         raise UserError(f"--source={source}: no such .jsonl, .jsonl.zst or .txt file")
+    if not 512 <= config.vocab_size <= 65536:
+        raise UserError("vocab_size must be 512 to 65536: a token is stored in 16 bits")
     if any(target.glob("*")) and not (target / "meta.json").exists():
         raise UserError(f"{target} holds files that are no dataset's: choose another --dataset, or move them")
     # now, for what fails here should not fail after a download
