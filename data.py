@@ -5,8 +5,7 @@
     python data.py --dataset=books --source=FILE --tokenizer=train      # your .jsonl, .jsonl.zst or .txt
     python data.py --help
 
-Knows nothing of models. Also holds what reads every script's command line, and, as an appendix, the grammar
-of mini.
+Knows nothing of models. Also reads every script's command line. An appendix holds the grammar of mini.
 """
 import argparse
 import difflib
@@ -36,8 +35,7 @@ from tqdm import tqdm
 
 # A closed stream (`2>&-`) is None; whoever writes to it would fail.
 sys.stdout, sys.stderr = (s or open(os.devnull, "w", encoding="utf-8") for s in (sys.stdout, sys.stderr))
-# a log file gets a line every 20 seconds
-progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)
+progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)   # s; 20 in a log
 FORMAT_VERSION = 2      # of data/NAME/; raised when an older folder can no longer be read
 SPLITS = ("train", "val", "test")
 BY_TENTHS = ("train",) * 8 + ("val", "test")            # of a document's hash, or of a text's length
@@ -117,8 +115,7 @@ def write_splits(parts, tok, folder):
         files = {split: stack.enter_context(open(folder / f"{split}.bin", "wb")) for split in SPLITS}
         while batch := list(itertools.islice(parts, 64)):
             for (split, text, opens, closes), ids in zip(batch, encode(tok, [part[1] for part in batch])):
-                # opens and closes are bools: none or one
-                ids = [tok.bos_token_id] * opens + ids + [tok.eos_token_id] * closes
+                ids = [tok.bos_token_id] * opens + ids + [tok.eos_token_id] * closes    # a bool is 0 or 1
                 raw = np.array(ids, dtype="<u2").tobytes()
                 files[split].write(raw)
                 facts[split]["documents"] += opens
@@ -253,10 +250,9 @@ def fetch_plwiki(folder):
 # Tokenizers. transformers takes seconds to import, so only the functions that need it do.
 
 def train_tokenizer(texts, vocab_size):
-    """Learn a Llama-style BPE (Sennrich et al. 2016) of vocab_size entries from an iterable of texts: <unk>,
-    <s>, </s>, then 256 byte tokens, to which rare characters fall back, the other characters, the merges. A
-    space is the mark ▁ at the front of a word; decoding gives the text back, but for a ▁ of its own. All
-    splits are learned from: this only fixes the units, which both models share."""
+    """Learn a Llama-style BPE (Sennrich et al. 2016) from texts of all splits, for it only fixes the units:
+    <unk>, <s>, </s>, 256 bytes, to which rare characters fall back, the other characters, the merges. A space
+    is the mark ▁ at the front of a word; decoding gives the text back, but for a ▁ of its own."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
