@@ -136,10 +136,12 @@ def parts_of(texts, seed, by_place):
     the first 80 % of a text are train, then 10 % val and 10 % test, in parts of at most a 200th."""
     for text in texts:
         digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
-        hashed, done = int.from_bytes(digest, "little") % 10, 0
-        parts = list(cut(text, min(LONGEST_PART, max(100, len(text) // 200)) if by_place else LONGEST_PART))
+        tenth, done = int.from_bytes(digest, "little") % 10, 0
+        longest = min(LONGEST_PART, max(100, len(text) // 200)) if by_place else LONGEST_PART
+        parts = list(cut(text, longest))
         for i, part in enumerate(progress_bar(parts, desc="encoding", disable=not by_place)):
-            tenth = 10 * done // max(1, len(text)) if by_place else hashed
+            if by_place:
+                tenth = 10 * done // max(1, len(text))
             yield BY_TENTHS[tenth], part, i == 0, i == len(parts) - 1
             done += len(part)
 

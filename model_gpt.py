@@ -156,11 +156,9 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def forward(self, idx, targets=None, reduction="mean"):
-        """idx and targets (B, T) int64, T <= block_size (else ValueError) -> (logits, loss).
-
-        With targets: logits (B, T, V), detached, and the cross entropy in nats per token: its mean, or with
-        reduction="none" that of each token (B, T). Without: logits (B, 1, V) for the last position, and None.
-        """
+        """idx and targets (B, T) int64 -> (logits, loss). With targets: logits (B, T, V), detached, and the
+        cross entropy in nats per token: its mean, or with reduction="none" that of each token (B, T).
+        Without: logits (B, 1, V) for the last position, and None. Raises ValueError where T > block_size."""
         x = self._hidden(idx)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
@@ -191,12 +189,10 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Floating point operations to train on one token, forward and backward.
-
-        6 per weight that multiplies (all but the embeddings, which are looked up, and the vectors): 2 in the
-        forward pass, 4 in the backward; and 12 * C * T per layer for the scores and the weighted sum, the
-        masked half included (Chowdhery et al. 2022, PaLM, appendix B).
-        """
+        """Floating point operations to train on one token: per weight that multiplies (so not the embeddings,
+        which are looked up, nor the vectors) 2 forward and 4 backward (Kaplan et al. 2020, section 2.1); and
+        12 * C * T per layer for the scores and the weighted sum, the masked half included (Chowdhery et al.
+        2022, PaLM, appendix B)."""
         c = self.config
         weights = [p for n, p in self.named_parameters() if p.dim() == 2 and not n.startswith(("wte", "wpe"))]
         return 6 * sum(p.numel() for p in weights) + 12 * c.n_layer * c.n_embd * c.block_size

@@ -134,11 +134,9 @@ def cudnn_recurrence(x, h, c, *weights):
 
 
 def multiplier(weight, batch_size):
-    """-> a function x (B, K) -> x weight^T (B, N), for a weight that is used many times.
-
-    A CPU's kernel wants the weight in tiles. PyTorch cuts them anew at every call, which takes longer than
-    multiplying so few rows; oneDNN can do it once.
-    """
+    """-> a function x (B, K) -> x weight^T (B, N), for a weight that is used many times. A CPU's kernel wants
+    it in tiles: PyTorch cuts them anew at every call, which takes longer than multiplying so few rows; oneDNN
+    can do it once."""
     if weight.is_cpu and torch.backends.mkldnn.is_available() and (
             weight.dtype == torch.float32 or
             weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
@@ -200,11 +198,9 @@ class LSTM(nn.Module):
         return x.transpose(0, 1), new
 
     def forward(self, idx, targets=None, reduction="mean"):
-        """idx and targets (B, T) int64 -> (logits, loss).
-
-        With targets: logits (B, T, V), detached, and the cross entropy in nats per token: its mean, or with
-        reduction="none" that of each token (B, T). Without: logits (B, 1, V) for the last position, and None.
-        """
+        """idx and targets (B, T) int64 -> (logits, loss). With targets: logits (B, T, V), detached, and the
+        cross entropy in nats per token: its mean, or with reduction="none" that of each token (B, T).
+        Without: logits (B, 1, V) for the last position, and None."""
         x, _ = self._hidden(idx, self.init_state(len(idx)), scan_recurrence)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
@@ -232,11 +228,8 @@ class LSTM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Floating point operations to train on one token, forward and backward.
-
-        6 per weight that multiplies (all but the embedding, which is looked up, and the biases): 2 in the
-        forward pass, 4 in the backward (Kaplan et al. 2020, section 2.1). No term grows with the context.
-        """
+        """Floating point operations to train on one token: per weight that multiplies (so not the embedding,
+        which is looked up, nor the biases) 2 forward and 4 backward (Kaplan et al. 2020, section 2.1)."""
         weights = [p for n, p in self.named_parameters() if p.dim() == 2 and not n.startswith("wte")]
         return 6 * sum(p.numel() for p in weights)
 
