@@ -279,27 +279,23 @@ def outputs_and_gradients(outputs, parameters):
     (scan_recurrence, torch.bfloat16, 0.03),
     (cudnn_recurrence, torch.float64, 1e-12), (cudnn_recurrence, torch.float32, 1e-5)])
 def test_lstm_equals_nn_lstm(recurrence, dtype, tolerance):
-    """The plain stack: outputs, last state, and every gradient, the input's and the state's too. cuDNN's
+    """The plain stack: outputs, last state, and every gradient, the embedding's and the state's too. cuDNN's
     recurrence on a CPU, where PyTorch plays it."""
     torch.manual_seed(0)
-    T, B, E, H, L = 9, 3, 5, 7, 3
+    E, H, L, idx = 5, 7, 3, tokens(3, 9)
     theirs = nn.LSTM(E, H, L).to(dtype)
-    ours = LSTM(LSTMConfig(n_embd=E, n_hidden=H, n_layer=L, residual=False, vocab_size=11)).to(dtype)
+    ours = LSTM(LSTMConfig(n_embd=E, n_hidden=H, n_layer=L, residual=False, vocab_size=40)).to(dtype)
     ours.blocks.load_state_dict({f"{k}.{n}": getattr(theirs, f"{n}_l{k}") for k in range(L)
                                  for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")})
-    theirs.double()
-    x, h0, c0 = (torch.randn(s).to(dtype).requires_grad_() for s in ((T, B, E), (L, B, H), (L, B, H)))
+    h0, c0 = (torch.randn(L, 3, H).to(dtype).requires_grad_() for _ in range(2))
     cell = c0.to(torch.promote_types(dtype, torch.float32))
-    y, hs, cs = x, [], []
-    for block, h, c in zip(ours.blocks, h0, cell):
-        y, h, c = block(y, h, c, recurrence)
-        assert (y.dtype, h.dtype, c.dtype) == (dtype, dtype, cell.dtype)
-        hs.append(h)
-        cs.append(c)
-    got = outputs_and_gradients((y, torch.stack(hs), torch.stack(cs)), [x, h0, c0, *ours.blocks.parameters()])
-    x, h0, c0 = (t.detach().double().requires_grad_() for t in (x, h0, c0))
-    expected, (h, c) = theirs(x, (h0, c0))
-    want = outputs_and_gradients((expected, h, c), [x, h0, c0, *theirs.parameters()])
+    y, hs, cs = ours._hidden(idx, (h0, cell), recurrence)
+    assert {t.dtype for t in (y, *hs)} == {dtype} and {c.dtype for c in cs} == {cell.dtype}
+    inputs = h0, c0, ours.wte.weight
+    got = outputs_and_gradients((y, torch.stack(hs), torch.stack(cs)), [*inputs, *ours.blocks.parameters()])
+    h0, c0, wte = inputs = [t.detach().double().requires_grad_() for t in inputs]
+    y, (h, c) = theirs.double()(wte[idx.t()], (h0, c0))
+    want = outputs_and_gradients((y, h, c), [*inputs, *theirs.parameters()])
     assert all((a - b).norm() <= tolerance * (1 + b.norm()) for a, b in zip(got, want, strict=True))
 
 
