@@ -1533,13 +1533,11 @@ VALUES = ["0", "1", "2", "3", "0.5", "1e-9", "1e9", "100000", "1000000000000", "
           "nan", "True", "adam", "float16", "bfloat16", "constant", "report", "x", "", "\x00", "½"]
 
 
-def survives(main, argv, seconds=60):
+def survives(main, argv):
     """Assert that a command ends well or in one clear line: nothing else is raised, hangs or is left."""
-    def hang(signum, frame):
-        raise AssertionError(f"still at work after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(seconds)
+    # a hang ends all as Ctrl-C does: an assertion could be taken for a fault of the file that is read
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(60)
     shutil.rmtree("out", ignore_errors=True)
     try:
         main(argv)
@@ -1549,7 +1547,6 @@ def survives(main, argv, seconds=60):
         assert re.search("(out of|allocate|enough) memory|overflowed", str(error))
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
     assert not list(Path(".").rglob(".*.tmp"))
 
 
