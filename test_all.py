@@ -720,13 +720,10 @@ def test_a_txt_is_one_text_cut_by_its_length(between, empty):
 @given(st.text(alphabet="ab \n", max_size=60), st.integers(2, 20))
 def test_a_long_document_is_cut_without_loss(text, most):
     """But for the spaces at which it is cut: in each part's second half, else nowhere."""
-    parts, rest = list(data.cut(text, most)), text
-    for part in parts[:-1]:
-        assert most // 2 <= len(part) <= most
-        rest = rest[len(part):]
-        assert rest.startswith(" ") or len(part) == most
-        rest = rest.removeprefix(" ") if len(part) < most else rest
-    assert parts[-1] == rest and len(rest) <= most and bool(rest) == bool(text)
+    *parts, last = data.cut(text, most)
+    assert all(most // 2 <= len(part) <= most for part in parts)
+    assert len(last) <= most and bool(last) == bool(text)
+    assert "".join(part + " " * (len(part) < most) for part in parts) + last == text
 
 
 @pytest.mark.skipif(not LONG, reason="over an hour: LONG=1")
