@@ -289,10 +289,11 @@ def test_lstm_equals_nn_lstm(recurrence, dtype, tolerance):
                                  for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")})
     h0, c0 = (torch.randn(L, 3, H).to(dtype).requires_grad_() for _ in range(2))
     cell = c0.to(torch.promote_types(dtype, torch.float32))
-    y, hs, cs = ours._hidden(idx, (h0, cell), recurrence)
-    assert {t.dtype for t in (y, *hs)} == {dtype} and {c.dtype for c in cs} == {cell.dtype}
+    y, new = ours._hidden(idx, (h0, cell), recurrence)
+    h, c = map(torch.stack, zip(*new))
+    assert (y.dtype, h.dtype, c.dtype) == (dtype, dtype, cell.dtype)
     inputs = h0, c0, ours.wte.weight
-    got = outputs_and_gradients((y, torch.stack(hs), torch.stack(cs)), [*inputs, *ours.blocks.parameters()])
+    got = outputs_and_gradients((y.transpose(0, 1), h, c), [*inputs, *ours.blocks.parameters()])
     h0, c0, wte = inputs = [t.detach().double().requires_grad_() for t in inputs]
     y, (h, c) = theirs.double()(wte[idx.t()], (h0, c0))
     want = outputs_and_gradients((y, h, c), [*inputs, *theirs.parameters()])
@@ -1003,46 +1004,41 @@ def test_a_run_leaves_what_it_promises(name, here):
     assert files_of(folder / "tokenizer") == files_of("data/tiny/tokenizer")
 
 
-def test_recipes_set_what_they_say(here):
-    for i, (keys, expected) in enumerate((
-            (["--recipe=report", "--model=lstm"], {
+def test_recipes_set_what_they_say():
+    for keys, expected in (
+            ({"recipe": "report"}, {
                 "optimizer": "adam", "beta2": 0.999, "schedule": "constant", "grad_clip": 0,
-                "dtype": "float32", "compile": False, "residual": False}),
-            (["--grad_clip=0.5"], {"optimizer": "auto", "schedule": "cosine", "beta2": 0.99,
-                                   "fused_attention": True, "grad_clip": 0.5}),
-            (["--recipe=report", "--optimizer=adamw"], {"optimizer": "adamw", "fused_attention": False}))):
-        name = "lstm" if "--model=lstm" in keys else "gpt"
-        assert expected.items() <= run_tiny(name, f"out/recipe{i}", "--max_iters=1", *keys)["config"].items()
-
-    model = make("gpt")
-    (adam,), (adamw,) = (train.make_optimizers(model, TrainConfig(optimizer=o)) for o in ("adam", "adamw"))
-    assert type(adam) is torch.optim.Adam and type(adamw) is torch.optim.AdamW
-    group, = adam.param_groups
-    assert group["weight_decay"] == 0.1 and sum(p.numel() for p in group["params"]) == model.num_params()
-    groups = adamw.param_groups
-    assert sum(p.numel() for group in groups for p in group["params"]) == model.num_params()
-    assert {(p.dim() >= 2, group["weight_decay"]) for group in groups for p in group["params"]} == \
-        {(True, 0.1), (False, 0.0)}
+                "dtype": "float32", "compile": False, "fused_attention": False, "residual": False}),
+            ({"grad_clip": 0.5}, {"optimizer": "auto", "schedule": "cosine", "beta2": 0.99,
+                                  "fused_attention": True, "residual": True, "grad_clip": 0.5}),
+            ({"recipe": "report", "optimizer": "adamw"}, {"optimizer": "adamw", "fused_attention": False})):
+        layers = train.new_run({**keys, "dataset": "tiny"})
+        configs = (vars(data.configure(config_class, *layers)) for config_class in CONFIGS[train])
+        assert expected.items() <= dict(item for config in configs for item in config.items()).items()
 
 
 @BOTH
-def test_muon_is_pytorchs_on_the_matrices_of_the_blocks_and_adamw_on_the_rest(name):
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "muon"])
+def test_optimizers_are_pytorchs_on_the_parameters_they_should_move(name, optimizer):
+    """Adam decays all, as in the report; AdamW the matrices; Muon takes those of the blocks from it."""
     ours, theirs = make(name), make(name)
     start = [p.detach().clone() for p in ours.parameters()]
-    config = TrainConfig(model=name, optimizer="muon", learning_rate=5e-4, muon_learning_rate=0.02,
+    config = TrainConfig(model=name, optimizer=optimizer, learning_rate=5e-4, muon_learning_rate=0.02,
                          embedding_lr_scale=3.0)
     matrices = [p for p in theirs.blocks.parameters() if p.dim() == 2]
-    vectors = [p for p in theirs.parameters() if p.dim() == 1]
-    embeddings = [p for n, p in theirs.named_parameters() if n.startswith(("wte", "wpe"))]
-    adamw = torch.optim.AdamW([{"params": theirs.lm_head.weight, "weight_decay": 0.1},
-                               {"params": vectors, "weight_decay": 0.0},
-                               {"params": embeddings, "weight_decay": 0.1, "lr": 15e-4}], 5e-4, (0.9, 0.99))
-    muon = torch.optim.Muon(matrices, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    # PyTorch's always rounds to bfloat16
+    groups = [{"params": [p for p in theirs.parameters() if p.dim() == 1], "weight_decay": 0.0},
+              {"params": [p for n, p in theirs.named_parameters() if n[:3] in ("wte", "wpe")], "lr": 15e-4},
+              {"params": [theirs.lm_head.weight] + matrices * (optimizer == "adamw")}]
+    expected = [torch.optim.AdamW(groups, 5e-4, (0.9, 0.99), weight_decay=0.1)]
+    if optimizer == "muon":
+        expected.append(torch.optim.Muon(matrices, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    if optimizer == "adam":
+        expected = [torch.optim.Adam(theirs.parameters(), 5e-4, (0.9, 0.99), weight_decay=0.1)]
+    # PyTorch's Muon always rounds to bfloat16
     optimizers = train.make_optimizers(ours, config, torch.bfloat16)
-    embedding, = (group for optimizer in optimizers for group in optimizer.param_groups if "scale" in group)
-    embedding["lr"] *= embedding["scale"]       # as train_step does
-    for model, optimizers in (ours, optimizers), (theirs, [adamw, muon]):
+    for group in itertools.chain.from_iterable(o.param_groups for o in optimizers):
+        group["lr"] *= group.get("scale", 1.0)      # as train_step does
+    for model, optimizers in (ours, optimizers), (theirs, expected):
         for _ in range(2):      # later, one bit of a gradient can turn a rounding to bfloat16
             model(*inputs_and_targets())[1].backward()
             for optimizer in optimizers:
