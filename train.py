@@ -747,12 +747,10 @@ def start(keys, out_dir):
     config = data.configure(TrainConfig, *layers, {"out_dir": str(out_dir)})
 
     device = choose_device(config.device)
-    if WORLD_SIZE > 1:      # gloo for what is on the CPU: the clock of a step need not wait for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if config.dataset == "mini" and not Path("data/mini/meta.json").exists() and IS_MAIN:
         data.main(["--dataset=mini"])
-    if WORLD_SIZE > 1:
-        dist.barrier()
+    if WORLD_SIZE > 1:      # where all wait for one another; gloo: a step's clock need not wait for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     meta, splits = data.load_dataset(config.dataset)
     if saved and saved.get("data_sha256") != meta["splits"]["train"]["sha256"]:
         raise UserError(f"data/{config.dataset} has been prepared anew since this run began: it cannot go on")
