@@ -473,10 +473,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
-        groups = {}                     # one for each shape
-        for p in params:
-            groups.setdefault(p.shape, {"params": []})["params"].append(p)
-        super().__init__(list(groups.values()), {"lr": lr})
+        shapes = dict.fromkeys(p.shape for p in params)     # a group for each
+        super().__init__([{"params": [p for p in params if p.shape == s]} for s in shapes], {"lr": lr})
         self.weight_decay, self.dtype, self.momentum = weight_decay, dtype, momentum
 
     @torch.no_grad()
