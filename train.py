@@ -260,19 +260,15 @@ class Trainer:
                 f"--muon_learning_rate, where that is set). {self.out_dir} holds the last save")
 
     def evaluate_and_log(self):
-        """Measure train and val loss, always on the same windows, spread over each split; keep the best."""
+        """Measure train and val loss, always on the same windows; keep the best."""
         self.check_finite()             # also waits for the device, so that speed is that of finished work
         config, state, speed = self.config, self.state, self.tokens_per_second()
+        most = config.eval_iters * config.batch_size
         row = {"step": state.step, "tokens_seen": state.step * self.tokens_per_step,
-               "minutes": round(state.minutes, 4)}
-        for split in ("train", "val"):
-            n, most = self.n_windows[split], config.eval_iters * config.batch_size
-            windows = np.linspace(0, n - 1, min(n, most), dtype=int)
-            row[f"{split}_loss"] = loss = self.evaluate(split, windows).mean().item()
-            self.check_finite(loss)
-            row[f"{split}_perplexity"] = perplexity(loss)
-        row["learning_rate"] = config.learning_rate * schedule_at(config, state)
-        row["tokens_per_second"] = round(speed, 1)
+               "minutes": round(state.minutes, 4),
+               **self.evaluate("train", most)[0], **self.evaluate("val", most)[0],
+               "learning_rate": config.learning_rate * schedule_at(config, state),
+               "tokens_per_second": round(speed, 1)}
         state.metrics.append(row)
         if row["val_loss"] < state.best_val:
             state.best_val = row["val_loss"]
@@ -287,11 +283,12 @@ class Trainer:
         self.mark, self.mark_step = time.perf_counter(), state.step
 
     @torch.no_grad()
-    def evaluate(self, split, windows):
-        """Mean loss over these windows of a split, at each position of a window -> (T,) float64. Each process
-        takes its share."""
+    def evaluate(self, split, most=math.inf):
+        """Over a split, or `most` windows spread over it, each process its share -> {"SPLIT_loss",
+        "SPLIT_perplexity"}, and the mean loss at each position of a window, (T,) float64."""
         self.model.eval()
-        total = torch.zeros(self.block_size, dtype=torch.float64)
+        n, total = self.n_windows[split], torch.zeros(self.block_size, dtype=torch.float64)
+        windows = np.linspace(0, n - 1, min(n, most), dtype=int)
         mine, size = windows[RANK::WORLD_SIZE], self.config.batch_size // WORLD_SIZE
         # after a second a bar, in the place of the run's
         for i in progress_bar(range(0, len(mine), size), desc=f"evaluating on {split}", delay=1, position=0,
@@ -303,7 +300,11 @@ class Trainer:
         if WORLD_SIZE > 1:
             dist.all_reduce(total)
         self.model.train()
-        return total / len(windows)
+        by_position = total / len(windows)
+        loss = by_position.mean().item()
+        self.check_finite(loss)
+        # how many equally likely tokens would be as hard to guess; a diverged loss can be 1000
+        return {f"{split}_loss": loss, f"{split}_perplexity": math.exp(min(loss, 100.0))}, by_position
 
     def tokens_per_second(self):
         """Since the last evaluation."""
@@ -363,14 +364,13 @@ class Trainer:
         if WORLD_SIZE > 1:
             for p in self.model.parameters():
                 dist.broadcast(p.data, 0)
-        by_position = self.evaluate("test", np.arange(self.n_windows["test"]))
+        test, by_position = self.evaluate("test")
         if not IS_MAIN:
             return
-        loss, test = by_position.mean().item(), self.facts["test"]
-        bits = loss / math.log(2) * test["tokens"] / test["characters"]
+        facts = self.facts["test"]
+        bits = test["test_loss"] / math.log(2) * facts["tokens"] / facts["characters"]
         results = {
-            "test_loss": loss, "test_perplexity": perplexity(loss),
-            "test_bits_per_character": bits,    # comparable across tokenizers, unlike nats per token
+            **test, "test_bits_per_character": bits,    # comparable across tokenizers, unlike nats per token
             **{k: row[k] for k in ("train_loss", "train_perplexity", "val_loss", "val_perplexity")},
             "best_step": row["step"], "steps": state.step, "tokens_seen": tokens,
             "minutes": round(state.minutes, 2),
@@ -381,8 +381,8 @@ class Trainer:
             "optimizers": [type(optimizer).__name__ for optimizer in self.optimizers],
             "test_loss_by_position": [round(x, 4) for x in by_position.tolist()]}
         write_json(self.out_dir / "results.json", results)
-        print(f"test loss {loss:.4f}, perplexity {perplexity(loss):.2f}, {bits:.3f} bits per character; "
-              f"now try: python sample.py --out_dir={self.out_dir}")
+        print(f"test loss {test['test_loss']:.4f}, perplexity {test['test_perplexity']:.2f}, {bits:.3f} bits "
+              f"per character; now try: python sample.py --out_dir={self.out_dir}")
         if self.wandb_run:
             summary = {k: v for k, v in results.items() if k not in ("config", "test_loss_by_position")}
             # the last line of metrics goes out first: it has some of the same keys
@@ -502,11 +502,6 @@ def orthogonal(x):
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
     return x
-
-
-def perplexity(loss):
-    """How many equally likely tokens would be as hard to guess; capped, for a diverged loss can be 1000."""
-    return math.exp(min(loss, 100.0))
 
 
 def compile_fault(device):
