@@ -185,8 +185,8 @@ class Trainer:
         """Take steps until the budget is used up or a signal comes, with evaluations and saves in between."""
         config, state = self.config, self.state
         self.model.train()
-        self.clock = self.mark = time.perf_counter()    # mark: since when tokens/s are counted
-        self.mark_step, saved_at = state.step, -math.inf
+        self.mark, self.mark_step = time.perf_counter(), state.step     # since when tokens/s are counted
+        self.began, saved_at = self.mark - 60 * state.minutes, -math.inf
         self.bar = progress_bar(total=1.0, initial=min(1.0, share_done(config, state)), desc=config.model,
                                 bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
                                 smoothing=0, disable=not IS_MAIN)
@@ -209,13 +209,11 @@ class Trainer:
         self.bar.close()
 
     def goes_on(self):
-        """Move the clock on -> is there another step? All processes must decide alike, so they share both."""
-        now = time.perf_counter()
-        minutes = self.state.minutes + (now - self.clock) / 60
+        """Read the clock -> is there another step? All processes must decide alike, so they share both."""
+        minutes = (time.perf_counter() - self.began) / 60
         shared = torch.tensor([minutes, self.interrupted], dtype=torch.float64)
         if WORLD_SIZE > 1:
             dist.all_reduce(shared, dist.ReduceOp.MAX)
-        self.clock = now
         self.state.minutes, self.stopping = shared.tolist()
         return not self.stopping and share_done(self.config, self.state) < 1
 
