@@ -103,14 +103,10 @@ class TrainConfig:
 # is a key, so `--recipe=report --optimizer=adamw` measures one change.
 RECIPES = {"tuned": {}, "report": {
     "optimizer": "adam",            # decay 0.1 inside the gradient, which Adam then divides by its size
-    "beta2": 0.999,
-    "learning_rate": 5e-4,
-    "embedding_lr_scale": 1.0,
-    "schedule": "constant", "warmup_iters": 0,
-    "grad_clip": 0.0,
+    "learning_rate": 5e-4, "beta2": 0.999, "embedding_lr_scale": 1.0,
+    "schedule": "constant", "warmup_iters": 0, "grad_clip": 0.0,
     "dtype": "float32", "compile": False,
-    "fused_attention": False,       # GPT only
-    "residual": False,              # LSTM only
+    "fused_attention": False, "residual": False,    # of the GPT, of the LSTM
 }}
 
 # Settings for the embedded dataset: some minutes on two CPU cores. There Muon serves the LSTM better too.
