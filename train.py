@@ -130,8 +130,7 @@ class State:
 
 
 class Trainer:
-    """One run: restore where it is resumed, then run, which calls train (with train_step, evaluate, save) and
-    finish. bench.py uses train_step alone."""
+    """One run: restore where it is resumed, then run. bench.py uses train_step alone."""
 
     def __init__(self, config, model, splits, facts=None):
         """model: on its device. splits: {"train" | "val" | "test": tokens}. facts: of each split, as in
@@ -568,8 +567,7 @@ def choose_device(name="auto"):
 
 
 def choose_dtype(name, device, model=None):
-    """-> the torch.dtype of the matrix products, and why. model: the one to train; None: to generate. Raises
-    UserError for int8 elsewhere than on a CPU."""
+    """-> the torch.dtype of the matrix products, and why. model: the one to train; None: to generate."""
     if name == "int8" and device.type != "cpu":
         raise UserError("--dtype=int8 needs --device=cpu: leave --dtype out")
     if name != "auto":
@@ -631,10 +629,8 @@ def write_json(path, value):
 
 def load_checkpoint(path):
     """The dict that Trainer.save wrote to path, its state as a State, with its model built, in eval mode.
-
     Raises UserError where it is missing or not one of ours: it may come from a stranger, so it must not run
-    code, nor take more memory than the file has bytes.
-    """
+    code, nor take more memory than the file has bytes."""
     if not path.is_file():
         keys = {Path(folder): f"--model={name}" for name, (_, _, folder) in MODELS.items()}
         key = keys.get(path.parent, f"--out_dir={path.parent}")
