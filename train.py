@@ -567,7 +567,8 @@ def choose_device(name="auto"):
 
 
 def choose_dtype(name, device, model=None):
-    """-> the torch.dtype of the matrix products, and why. model: the one to train; None: to generate."""
+    """-> the torch.dtype of the matrix products, and why. model: the one to train; None: to generate. Raises
+    UserError for int8 elsewhere than on a CPU."""
     if name == "int8" and device.type != "cpu":
         raise UserError("--dtype=int8 needs --device=cpu: leave --dtype out")
     if name != "auto":
