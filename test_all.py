@@ -1681,12 +1681,10 @@ def test_an_exported_model_is_the_same_elsewhere(name, spoilable):
 @pytest.fixture
 def small_bench(monkeypatch):
     """bench.py on small stand-ins: the full sizes take minutes."""
-    def smaller(config_class, **sizes):
-        return make_dataclass("Small", [(k, int, v) for k, v in sizes.items()], bases=(config_class,))
-
-    small = {"gpt": smaller(GPTConfig, n_layer=2, n_embd=48, vocab_size=500),
-             "lstm": smaller(LSTMConfig, n_layer=2, n_embd=32, n_hidden=48, vocab_size=500)}
-    monkeypatch.setattr(bench, "MODELS", {k: (m, small[k], d) for k, (m, _, d) in train.MODELS.items()})
+    sizes = {"n_layer": 2, "n_embd": 48, "n_hidden": 48, "vocab_size": 500}     # the GPT uses no n_hidden
+    for name, (model_class, config_class, folder) in train.MODELS.items():
+        small = make_dataclass("Small", [(k, int, v) for k, v in sizes.items()], bases=(config_class,))
+        monkeypatch.setitem(bench.MODELS, name, (model_class, small, folder))
 
 
 def test_bench_times_generation_and_writes_each_row_as_it_comes(empty, small_bench, capsys):
