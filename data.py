@@ -34,8 +34,9 @@ import torch
 from tqdm import tqdm
 
 # A closed stream (`2>&-`) is None; whoever writes to it would fail.
-sys.stdout, sys.stderr = (s or open(os.devnull, "w", encoding="utf-8") for s in (sys.stdout, sys.stderr))
-progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)   # s; 20 in a log
+sys.stdout, sys.stderr = (s or open(os.devnull, "w", errors="replace") for s in (sys.stdout, sys.stderr))
+# seconds between two updates: a log file needs few
+progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)
 FORMAT_VERSION = 2      # of data/NAME/; raised when an older folder can no longer be read
 SPLITS = ("train", "val", "test")
 BY_TENTHS = ("train",) * 8 + ("val", "test")            # of a document's hash, or of a text's length
@@ -133,7 +134,7 @@ def write_splits(parts, tok, folder):
 def parts_of(texts, seed, by_place):
     """Texts -> (split, part of a text, opens, closes). A text's split is a hash of it: identical documents
     share one, and nothing depends on the order of the source. Or it is by_place, as nanoGPT cuts its texts:
-    the first 80 % of a text are train, then 10 % val and 10 % test, in parts of at most a 200th."""
+    the first 80 % of a text are train, then 10 % val and 10 % test. Its parts are then small: a 200th."""
     for text in texts:
         digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
         tenth, done = int.from_bytes(digest, "little") % 10, 0
