@@ -10,10 +10,9 @@ Owns the generation loop, which bench.py times as it is. Reads out_dir alone, ne
 """
 import re
 import time
-import timeit
 import warnings
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -162,35 +161,6 @@ class Weight:
         return y if bias is None else y + bias
 
 
-def half_multiplier(w):
-    """bfloat16 or float16: a single row is multiplied by the kernel that is the fastest here."""
-    def times(x):
-        if x.numel() > x.size(-1):
-            return F.linear(x, w)
-        return fastest_row_kernel(w.dtype)(w, x.flatten()).view(*x.shape[:-1], -1)
-    return times
-
-
-def linear_without_onednn(w, x):
-    """F.linear by PyTorch's own loop: oneDNN rearranges a matrix as if for many rows."""
-    torch.backends.mkldnn.enabled = False
-    y = F.linear(x, w)
-    torch.backends.mkldnn.enabled = True
-    return y
-
-
-@lru_cache
-def fastest_row_kernel(dtype):
-    """-> the function (w (N, K), x (K,)) -> (N,) that is the fastest on this processor, timed for some
-    milliseconds on a matrix that few caches hold. With AMX torch.mv is twice as fast as F.linear by oneDNN;
-    elsewhere F.linear without it can be faster still. torch.mv where the lead is small: the choice must not
-    change from run to run, for their last bits differ."""
-    w, x = torch.ones(32000, 1024, dtype=dtype), torch.ones(1024, dtype=dtype)
-    mv, plain = (min(timeit.repeat(lambda: kernel(w, x), number=1, repeat=5))
-                 for kernel in (torch.mv, linear_without_onednn))
-    return linear_without_onednn if plain < 0.8 * mv else torch.mv
-
-
 def int8_multiplier(w):
     """8-bit integers. Each output channel n has one scale, s_n = max |w_n| / 127, and the integers
     round(w_n / s_n): half the bytes of bfloat16. The kernel multiplies integers by integers (Jacob et
@@ -211,14 +181,14 @@ def to_dtype(model, dtype):
     Weights; not the embeddings, of which a token reads a single row."""
     set_matmul_precision(dtype)
     model.to(torch.float32 if dtype == torch.int8 else dtype)
-    # float32 in tiles: with AVX2, F.linear reads a plain matrix at half their speed
-    kinds = {torch.float32: partial(multiplier, batch_size=1), torch.int8: int8_multiplier}
+    # In tiles one row reads a float32 or bfloat16 matrix about twice as fast as F.linear does.
+    times = int8_multiplier if dtype == torch.int8 else partial(multiplier, batch_size=1)
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():
             for name, w in list(module.named_parameters(recurse=False)):
                 if w.dim() == 2 and not isinstance(module, nn.Embedding):
                     delattr(module, name)
-                    setattr(module, name, Weight(kinds.get(dtype, half_multiplier)(w.detach())))
+                    setattr(module, name, Weight(times(w.detach())))
     return model
 
 
