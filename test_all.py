@@ -1077,6 +1077,19 @@ def test_a_run_on_cuda_goes_on_and_speaks(name, here, capsys):
     assert texts[0] == texts[1] and len(texts[0]) > 200
 
 
+@CUDA
+@pytest.mark.parametrize("n", [1, 2])
+def test_compiled_steps_on_cuda_are_those_of_the_model(n, here):
+    """As a CUDA graph, or not where gradients are accumulated; in float32, with evaluations in between."""
+    curves = []
+    for compile in (False, True):
+        folder = f"out/compile-{n}-{compile}"
+        run_tiny("gpt", folder, "--device=cuda", f"--compile={compile}", f"--gradient_accumulation_steps={n}",
+                 "--max_iters=12", "--eval_interval=3", "--learning_rate=5e-3")
+        curves.append([row["val_loss"] for row in metrics_of(folder)])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-3) and len(curves[0]) == 5
+
+
 @BOTH
 def test_accumulated_batches_equal_one_large_batch(name, here, monkeypatch):
     shown, log = [], train.Trainer.log
@@ -1582,7 +1595,7 @@ def test_train_without_data_makes_mini_and_says_so(empty, monkeypatch, capsys):
 def test_sample_streams_text_and_repeats_itself(name, work, empty, capsys):
     """From the run's folder alone: data/ is not needed."""
     shutil.copytree(work / "outputs", "outputs")
-    keys = [f"--model={name}", "--temperature=1.0", "--max_new_tokens=40"]
+    keys = [f"--model={name}", "--temperature=1.0", "--max_new_tokens=40", "--device=cpu"]
     said, imports = command("sample.py", *keys, env={"PYTHONPROFILEIMPORTTIME": "1"})
     *text, facts = said.splitlines()
     assert "transformers" in imports and "torch._dynamo" not in imports     # the latter takes two seconds

@@ -153,7 +153,10 @@ class Trainer:
             fault = compile_fault(self.device)
             if fault and IS_MAIN:
                 print(f"{fault}: the run goes on without it, somewhat slower")
-            self.forward = self.ddp if fault else torch.compile(self.ddp)   # inside, DDP's exchange overlaps
+            # As a CUDA graph, which need not wait for launches: a fifth to a third faster. Its gradients lie
+            # where the next replay writes, so they can be neither accumulated nor exchanged.
+            mode = "reduce-overhead" if WORLD_SIZE == config.gradient_accumulation_steps == 1 else None
+            self.forward = self.ddp if fault else torch.compile(self.ddp, mode=mode)
 
         self.best = None                # the best checkpoint, until it is on disk
         self.interrupted = False        # this process, by a signal; self.stopping: any process
