@@ -51,6 +51,8 @@ def manual_attention(q, k, v, mask):
 def fused_attention(q, k, v, mask):
     """The same as manual_attention; where PyTorch has a kernel for it, the (T, S) scores are never stored
     (Dao et al. 2022)."""
+    if q.is_cpu and q.dtype == torch.bfloat16:      # there the kernel, mostly its backward, is the slower
+        return manual_attention(q, k, v, mask)
     if mask.size(0) == mask.size(1):    # T = S, so no past: the kernel skips the masked half
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
