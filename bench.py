@@ -246,7 +246,7 @@ def plot_bars(rows, path, title):
         bars = panel.barh(labels, [r["tokens_per_second"] for r in rows], color=colors)
         panel.bar_label(bars, [f"{r['tokens_per_second']:,.1f} ({r['ratio']:.1f}x)" for r in rows], padding=4)
         panel.invert_yaxis()
-        panel.margins(x=0.2)
+        panel.margins(x=0.25)
         panel.set(xlabel="tokens/s", title=title)
 
 
