@@ -159,6 +159,7 @@ def bench_training(name, device, config):
         if label == "torch.compile" and compile_fault(device):
             continue
         if device.type == "cuda":
+            torch.compiler.reset()      # else a graph of the row before keeps its memory
             torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(0)
         model = model_class(data.configure(MODELS[name][1], keys)).to(device)
@@ -246,7 +247,7 @@ def plot_bars(rows, path, title):
         bars = panel.barh(labels, [r["tokens_per_second"] for r in rows], color=colors)
         panel.bar_label(bars, [f"{r['tokens_per_second']:,.1f} ({r['ratio']:.1f}x)" for r in rows], padding=4)
         panel.invert_yaxis()
-        panel.margins(x=0.25)
+        panel.margins(x=0.3)
         panel.set(xlabel="tokens/s", title=title)
 
 
