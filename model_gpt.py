@@ -27,7 +27,7 @@ class GPTConfig:
     n_head: int = 12                # attention heads per block; must divide n_embd
     n_embd: int = 768               # channels
     dropout: float = 0.0            # share dropped of the stream and its branches; 0 below an epoch
-    fused_attention: bool = True    # scaled_dot_product_attention; False: the same sums by hand
+    fused_attention: bool = True    # scaled_dot_product_attention, where faster; False: by hand
 
     def __post_init__(self):
         for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -49,9 +49,10 @@ def manual_attention(q, k, v, mask):
 
 
 def fused_attention(q, k, v, mask):
-    """The same as manual_attention; where PyTorch has a kernel for it, the (T, S) scores are never stored
-    (Dao et al. 2022)."""
-    if q.is_cpu and q.dtype == torch.bfloat16:      # there the kernel, mostly its backward, is the slower
+    """The same as manual_attention, by PyTorch's kernels, most of which never store the (T, S) scores (Dao et
+    al. 2022)."""
+    # with AVX512-BF16 the kernel's backward is slow; the scores of longer windows would fill the memory
+    if q.is_cpu and q.dtype == torch.bfloat16 and mask.size(1) <= 512:
         return manual_attention(q, k, v, mask)
     if mask.size(0) == mask.size(1):    # T = S, so no past: the kernel skips the masked half
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)

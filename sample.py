@@ -181,7 +181,7 @@ def to_dtype(model, dtype):
     Weights; not the embeddings, of which a token reads a single row."""
     set_matmul_precision(dtype)
     model.to(torch.float32 if dtype == torch.int8 else dtype)
-    # In tiles one row reads a float32 or bfloat16 matrix about twice as fast as F.linear does.
+    # In tiles one row reads a float32 or bfloat16 matrix up to twice as fast as F.linear does.
     times = int8_multiplier if dtype == torch.int8 else partial(multiplier, batch_size=1)
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():

@@ -309,7 +309,7 @@ def test_manual_equals_fused_attention(T, S):
     assert torch.equal(mask == 0, seen) and torch.equal(mask == -torch.inf, ~seen)
     exact, fused, rounded = (outputs_and_gradients([y], (q, k, v)) for y in (
         manual_attention(q, k, v, mask), fused_attention(q, k, v, mask),
-        fused_attention(*(t.bfloat16() for t in (q, k, v, mask))).double()))      # by hand on a CPU
+        fused_attention(*(t.bfloat16() for t in (q, k, v, mask))).double()))
     assert close(exact, fused)
     assert all((a - b).norm() < 0.03 * b.norm() for a, b in zip(rounded, exact))
 
@@ -1078,6 +1078,14 @@ def test_a_run_on_cuda_goes_on_and_speaks(name, here, capsys):
         sample.main([f"--out_dir={folder}", "--max_new_tokens=60", "--num_samples=3"])
         texts.append(capsys.readouterr().out.rsplit("[", 1)[0])
     assert texts[0] == texts[1] and len(texts[0]) > 200
+
+
+def test_only_steps_of_one_batch_become_a_cuda_graph(monkeypatch):
+    monkeypatch.setattr(train, "compile_fault", lambda device: "")
+    monkeypatch.setattr(torch, "compile", lambda model, mode: mode)
+    for n, mode in ((1, "reduce-overhead"), (2, None)):
+        config = TrainConfig(compile=True, gradient_accumulation_steps=n, device="cpu")
+        assert train.Trainer(config, make("gpt"), {"train": np.arange(99)}).forward == mode
 
 
 @CUDA
