@@ -450,7 +450,7 @@ def make_optimizers(model, config, dtype=torch.float32):
     groups = [{"params": embeddings, "scale": config.embedding_lr_scale},
               {"params": [p for p in rest if p.dim() >= 2]},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr, betas, weight_decay=decay, fused=True)]     # one kernel
+    optimizers = [torch.optim.AdamW(groups, lr, betas, weight_decay=decay, fused=True)]
     if matrices:
         lr = lr if config.muon_learning_rate is None else config.muon_learning_rate
         # bfloat16 is exact enough for Newton-Schulz; where the processor lacks it, float32 is faster
