@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import data
@@ -186,7 +185,7 @@ def to_dtype(model, dtype):
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():
             for name, w in list(module.named_parameters(recurse=False)):
-                if w.dim() == 2 and not isinstance(module, nn.Embedding):
+                if w.dim() == 2 and not isinstance(module, torch.nn.Embedding):
                     delattr(module, name)
                     setattr(module, name, Weight(times(w.detach())))
     return model
@@ -226,11 +225,8 @@ def continue_prompt(model, tok, config):
     new = torch.stack(rows, dim=1).tolist()             # also waits for the device
     speed = config.num_samples * (len(rows) - 1) / (time.perf_counter() - start)
     rows = [ids + row[:[*row, eos].index(eos)] for row in new]              # up to the first </s>, or all
-    if stream:
-        print()                             # its text is there already
-    else:
-        for i, row in enumerate(rows, 1):
-            print(f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
+    for i, row in enumerate(rows, 1):       # what was streamed needs its end of line alone
+        print("" if stream else f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
     return rows, speed
 
 
@@ -254,10 +250,9 @@ def main(argv):
     tok, device = data.load_tokenizer(str(out_dir / "tokenizer")), choose_device(config.device)
     if config.export:
         return export(checkpoint["model"], tok, Path(config.export))
-    if config.compile:
-        fault = compile_fault(device) if device.type == "cuda" else "--compile=True needs --device=cuda"
-        if fault:
-            raise UserError(f"{fault}: leave --compile out")
+    fault = config.compile and (compile_fault(device) if device.type == "cuda" else "it needs --device=cuda")
+    if fault:
+        raise UserError(f"--compile=True: {fault}; leave it out")
     dtype, _ = choose_dtype(config.dtype, device)
     model = to_dtype(checkpoint["model"].to(device), dtype)
     facts = {"model": checkpoint["config"]["model"], "dataset": checkpoint["config"]["dataset"],
