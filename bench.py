@@ -8,10 +8,10 @@ compare finished runs.
     python bench.py --compare=True              # the trained runs under outputs/, side by side
     python bench.py --help
 
-naive: the whole context is computed anew for each token, as the report did; cached: only the newest token
-is; graph: that in one launch; compiled: a graph of fused kernels. Prints a table; writes bench.json (with
---train, bench_training.json) and a bar chart beside it. Times the loop of sample.py and the train_step of
-train.py as they are.
+Modes of generation: naive recomputes the whole context for each token, as the report did. cached computes
+only the newest token. graph does the same in one launch (a CUDA graph), compiled with fused kernels. Prints a
+table; writes bench.json (with --train, bench_training.json) and a bar chart beside it. The code timed is the
+loop of sample.py and the train_step of train.py, unchanged.
 """
 import glob
 import json
@@ -36,8 +36,8 @@ from train import MODELS, RECIPES, TrainConfig, Trainer, choose_device, choose_d
     device_name, devices_present, peak_memory_gb, picture, set_matmul_precision, write_json
 
 PROMPT_TOKENS = 8
-# Dense bfloat16 rates in TFLOP/s, of NVIDIA's data sheets (SXM, where there is one). Training rows give the
-# share of it that they reach (MFU), float32 rows too.
+# Peak dense bfloat16 TFLOP/s, from NVIDIA's data sheets (the SXM card, if there is one). A training row's MFU
+# is the share of this peak that it reaches, even if the row is in float32.
 PEAK_TFLOPS = {"A40": 149.7, "A100": 312, "H100": 989, "H200": 989, "RTX 3090": 71, "RTX 4090": 165.2}
 
 
@@ -54,12 +54,12 @@ class BenchConfig:
     out_dir: str = "outputs"        # where the JSON file and the chart go
 
     def __post_init__(self):
-        if self.new_tokens < 2 or self.repeats < 1:     # the first token is timed apart
-            raise ValueError("new_tokens must be at least 2, and repeats 1")
+        if self.new_tokens < 2 or self.repeats < 1:     # the first token is timed separately
+            raise ValueError("new_tokens must be at least 2, and repeats at least 1")
 
 
 def seconds(function, device):
-    """How long function() takes. A GPU works on its own: it must be waited for."""
+    """How long function() takes. A GPU runs asynchronously, so it must be synchronized."""
     synchronize = getattr(torch, device.type).synchronize
     return timeit(lambda: (function(), synchronize()), setup=synchronize, number=1)
 
@@ -80,10 +80,10 @@ def bench_generation(name, device, config):
         ways += [("graph", fast)] if compile_fault(device) else [("graph", fast), ("compiled", fast)]
     for mode, dtype in dict.fromkeys(ways):
         model = model_class(config_class()).to(device).eval()
-        # what one token must read: all weights but the embedding tables, of which it reads a row
+        # weights read per token: all but the embedding tables, of which it reads only one row each
         n_weights = sum(p.numel() for k, p in model.named_parameters() if not k.startswith(("wte", "wpe")))
         set_matmul_precision(dtype)
-        if mode != "naive":             # which is the model as it is trained, in float32
+        if mode != "naive":             # naive runs the model as it was trained, in float32
             to_dtype(model, dtype)
         first, per_token = token_seconds(model, prompt, config, mode)
         del model                                       # before the next is built: two may not fit
@@ -98,16 +98,16 @@ def bench_generation(name, device, config):
 
 @lru_cache      # once per device, so that the shares of both models can be compared
 def read_bandwidth(device):
-    """Bytes per second at which the device reads a gigabyte that no cache holds: a sum of float32."""
+    """Memory bandwidth in bytes per second, from summing a gigabyte of float32, which fits no cache."""
     x = torch.ones(2 ** 28, device=device)
     x.sum()
     return x.numel() * 4 / median(seconds(x.sum, device) for _ in range(9))
 
 
 def token_seconds(model, prompt, config, mode):
-    """Seconds to the first token, which comes with the prompt's pass (and a graph's capture), and per token
-    after it. Naively a pass takes longer the longer the context, and an LSTM's 248 take minutes: one of the
-    middle length stands for all."""
+    """Seconds to the first token, prompt (and graph capture) included, and seconds per token after it. In
+    naive mode a pass takes longer as the context grows, and all 248 of an LSTM take minutes. So one pass at
+    the middle length stands for all."""
     first, rest, n = [], [], config.new_tokens - 1
     middle = prompt[:, :1].expand(-1, min(PROMPT_TOKENS + config.new_tokens // 2, model.window))
     for _ in range(1 + config.repeats):         # the first run warms up
@@ -159,7 +159,7 @@ def bench_training(name, device, config):
         if label == "torch.compile" and compile_fault(device):
             continue
         if device.type == "cuda":
-            torch.compiler.reset()      # else a graph of the row before keeps its memory
+            torch.compiler.reset()      # else the CUDA graphs of the previous row keep their memory
             torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(0)
         model = model_class(data.configure(MODELS[name][1], keys)).to(device)
@@ -168,7 +168,7 @@ def bench_training(name, device, config):
         tokens = np.random.default_rng(0).integers(model.config.vocab_size, size=n_tokens)
         trainer = Trainer(settings, model, {"train": tokens})
         trainer.train_step()                            # warm up: compilation, allocations, the moments
-        n_steps = 1 if device.type == "cpu" else 10     # only float16 waits for a GPU in each
+        n_steps = 1 if device.type == "cpu" else 10     # on a GPU steps queue up, except in float16
         taken = median(seconds(lambda: [trainer.train_step() for _ in range(n_steps)], device)
                        for _ in range(config.repeats))
         speed = n_steps * trainer.tokens_per_step / taken
@@ -190,8 +190,8 @@ def mfu(tflops, gpu):
 # Comparing runs
 
 def compare(out_dir):
-    """For each dataset a table (Markdown) of the finished runs in and below out_dir, and comparison.png:
-    their validation losses, and the test loss by position. Raises UserError for a run of an older version."""
+    """Print a Markdown table of the finished runs in and below out_dir for each dataset, and draw
+    comparison.png, see compare_curves. Raises UserError for a run that is damaged or of an older version."""
     runs = {}       # dataset -> [results of a run, with its folder, its curve and its row of the table]
     found = glob.glob("**/results.json", root_dir=out_dir, recursive=True)      # also behind links
     for folder in (Path(name).parent for name in sorted(found)):
@@ -218,8 +218,8 @@ def compare(out_dir):
 
 
 def compare_curves(dataset, runs, panels):
-    """Panels: the Transformers' curves, the LSTMs', the darker the better, and the loss by position of the
-    best of each."""
+    """Three panels: the validation curves of the Transformers and of the LSTMs (darker is better), and the
+    test loss by position of the best of each."""
     from matplotlib import colormaps
     for panel, name, colours in zip(panels, MODELS, ("Blues", "Oranges")):
         mine = sorted((r for r in runs if r["config"]["model"] == name), key=lambda run: run["test_loss"])
@@ -234,7 +234,7 @@ def compare_curves(dataset, runs, panels):
             panel.legend()
         panel.set(title=f"{name}, {dataset}", xlabel="million tokens seen", ylabel="validation loss, nats")
     panels[2].set(title=f"the best of each, {dataset}", ylabel="test loss, nats",
-                  xlabel="position in the context, means up to the mark")
+                  xlabel="position in the context (mean since the previous mark)")
     panels[2].legend()
 
 

@@ -5,7 +5,7 @@
     python data.py --dataset=books --source=FILE --tokenizer=train      # your .jsonl, .jsonl.zst or .txt
     python data.py --help
 
-Knows nothing of models. Also reads every script's command line. An appendix holds the grammar of mini.
+Knows nothing about models. Also parses the command line of every script. An appendix holds mini's grammar.
 """
 import argparse
 import difflib
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# A closed stream (`2>&-`) is None; whoever writes to it would fail.
+# A closed stream (`2>&-`) is None in Python, and any write to it would fail.
 sys.stdout, sys.stderr = (s or open(os.devnull, "w", errors="replace") for s in (sys.stdout, sys.stderr))
 # seconds between two updates: a log file needs few
 progress_bar = partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 20)
@@ -51,12 +51,12 @@ class DataConfig:
     source: str = ""                # a local .jsonl, .jsonl.zst (SpeakLeash layout) or .txt file
     tokenizer: str = "speakleash/Bielik-4.5B-v3"    # a hub name, a folder, or train: a new one
     vocab_size: int = 32000         # entries of a new tokenizer, at most 65536
-    n_docs: int = 0                 # documents to take, from the front; 0: all. For plwiki 100000
-    quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # those unlabelled are kept
+    n_docs: int = 0                 # take only the first n; 0: all. Default for plwiki: 100000
+    quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # also those unlabelled
     seed: int = 1337                # of the split into train, val and test, and of mini's text
 
 
-# What differs from the defaults above for these two names.
+# Defaults of these two datasets where they differ from those above.
 PRESETS = {"plwiki": {"n_docs": 100_000}, "mini": {"tokenizer": "train", "vocab_size": 2048}}
 
 
@@ -64,8 +64,8 @@ PRESETS = {"plwiki": {"n_docs": 100_000}, "mini": {"tokenizer": "train", "vocab_
 # The story: documents -> data/NAME/{train,val,test}.bin, meta.json, tokenizer/
 
 def prepare(config):
-    """Write data/NAME/ as the DataConfig says, whole or not at all; an older one is set aside. Memory is that
-    of one batch of text, whatever the size of a .jsonl; a .txt is read whole. Raises UserError."""
+    """Write data/NAME/ as config says, completely or not at all; an older one is set aside. A .jsonl of any
+    size takes no more memory than one batch of its text; a .txt is read whole. Raises UserError."""
     target, source = dataset_folder(config.dataset), config.source
     if not source and config.dataset not in PRESETS:
         raise UserError(f"--dataset={config.dataset} needs --source=FILE (.jsonl, .jsonl.zst or .txt)")
@@ -75,7 +75,7 @@ def prepare(config):
         raise UserError("vocab_size must be 512 to 65536: a token is stored in 16 bits")
     if any(target.glob("*")) and not (target / "meta.json").exists():
         raise UserError(f"{target} holds files that are no dataset's: choose another --dataset, or move them")
-    # now, for what fails here should not fail after a download
+    # before the download, so that a tokenizer that cannot be loaded fails at once
     tok = None if config.tokenizer == "train" else load_tokenizer(config.tokenizer)
     if not source and config.dataset == "plwiki":
         source = fetch_plwiki(target.parent / "speakleash")
@@ -91,7 +91,7 @@ def prepare(config):
             print(f"training a tokenizer of {config.vocab_size:,} entries")
             tok = train_tokenizer(documents(Counter()), config.vocab_size)
             if len(tok) < config.vocab_size:
-                print(f"it has {len(tok):,}: the text has no more pieces that come twice")
+                print(f"it has {len(tok):,}: the text has no more pieces that occur twice")
         tok.save_pretrained(new / "tokenizer")      # which makes both folders
         left_out = Counter()
         parts = parts_of(documents(left_out), config.seed, by_place=source.endswith(".txt"))
@@ -132,9 +132,9 @@ def write_splits(parts, tok, folder):
 
 
 def parts_of(texts, seed, by_place):
-    """Texts -> (split, part of a text, opens, closes). A text's split is a hash of it: identical documents
-    share one, and nothing depends on the order of the source. Or it is by_place, as nanoGPT cuts its texts:
-    the first 80 % of a text are train, then 10 % val and 10 % test. Its parts are then small: a 200th."""
+    """Texts -> (split, part of a text, opens, closes). A text's hash decides its split: identical documents
+    share one, and the order of the source does not matter. With by_place the position decides, as in nanoGPT:
+    the first 80 % of a text are train, then 10 % val, 10 % test. Its parts are then small, about a 200th."""
     for text in texts:
         digest = hashlib.blake2b(text.encode(), digest_size=8, salt=seed.to_bytes(8, "little")).digest()
         tenth, done = int.from_bytes(digest, "little") % 10, 0
@@ -148,9 +148,9 @@ def parts_of(texts, seed, by_place):
 
 
 def cut(text, most=LONGEST_PART):
-    """Yield text in parts of at most `most` characters. A cut takes the place of a space, for which the
-    mark at the front of the next part will stand (a tokenizer that puts none there loses that space; a text
-    without spaces gains one)."""
+    """Yield text in parts of at most `most` characters. A cut drops a space, which comes back as the ▁ that
+    the tokenizer puts at the front of the next part. (A tokenizer that puts none there loses the space; a
+    text without spaces gains one.)"""
     start = 0
     while len(text) - start > most:
         end = text.rfind(" ", start + most // 2, start + most)
@@ -167,7 +167,7 @@ def dataset_folder(name):
 
 
 def behind_link(folder):
-    """folder, or that to which it is a link, so that what is to lie beside it lies beside the true one."""
+    """folder, or its target if it is a link, so that what is put beside it lands beside the real folder."""
     return Path(os.path.realpath(folder)) if folder.is_symlink() else folder
 
 
@@ -184,13 +184,13 @@ def set_aside(folder):
 # Documents: a local file, or SpeakLeash's plwiki
 
 def read_documents(path, quality, left_out):
-    """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt as one, with a progress bar; left_out counts
-    those left out. JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may be
-    missing. Raises UserError for any other line, naming it, and for another format or encoding."""
+    """Yield the texts of a .jsonl or .jsonl.zst file, or a .txt as one text, with a progress bar. Counts what
+    it skips in left_out. JSON lines are SpeakLeash's: {"text": ..., "meta": {"quality": ..., ...}}; meta may
+    be missing. Raises UserError for any other line, with its number, or for another format or encoding."""
     import zstandard
     path, file = Path(path), open(path, "rb")
-    # Where the last frame of a .zst is cut off, its reader just ends. So a frame of ours stands behind the
-    # file's, with a line that is a single NUL: what ends before it was not whole.
+    # If the last frame of a .zst is cut off, its reader just stops. So we append a frame of our own, with a
+    # line that is a single NUL: a stream that ends without it was cut off.
     packed, ours = path.suffix == ".zst", iter([zstandard.compress(b"\n\0")])
     raw = SimpleNamespace(read=lambda size: file.read(size) or next(ours, b""))
     unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
@@ -198,7 +198,7 @@ def read_documents(path, quality, left_out):
     with file, progress_bar(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
         try:
             if path.suffix == ".txt":
-                bar.close()     # the next to come is that of its encoding
+                bar.close()     # encoding has a bar of its own
                 yield stream.read()
                 return
             for n, line in enumerate(iter(partial(stream.readline, LONGEST_LINE), "\0" if packed else ""), 1):
@@ -245,24 +245,24 @@ def fetch_plwiki(folder):
             whole, path = Speakleash(str(folder)).get("plwiki").check_file()
             if whole:
                 return path
-    raise UserError("SpeakLeash cannot be reached, or gave no whole plwiki: run again, pass --source=FILE, a "
-                    f"copy of plwiki.jsonl.zst (one loaded before is in {folder}), or use --dataset=mini")
+    raise UserError("SpeakLeash cannot be reached, or plwiki came incomplete: run again, pass --source=FILE, "
+                    f"a copy of plwiki.jsonl.zst (an earlier download is in {folder}), or use --dataset=mini")
 
 
 # ----------------------------------------------------------------------------------------------------
 # Tokenizers. transformers takes seconds to import, so only the functions that need it do.
 
 def train_tokenizer(texts, vocab_size):
-    """Learn a Llama-style BPE (Sennrich et al. 2016) from texts of all splits, for it only fixes the units:
-    <unk>, <s>, </s>, 256 bytes, to which rare characters fall back, the other characters, the merges. A space
-    is the mark ▁ at the front of a word; decoding gives the text back, but for a ▁ of its own."""
+    """Train a Llama-style BPE (Sennrich et al. 2016) on texts of all splits, since it only fixes the units:
+    <unk>, <s>, </s>, 256 bytes (to spell rare characters), the other characters and the merges. A space
+    becomes a ▁ at the front of a word. Decoding restores the text, unless it contains a ▁ itself."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
     first = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     tok = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    # merges stay within a word, a run of symbols (at most 50: a megabyte may have no space), or a digit
+    # merges stay within a word or a run of symbols (up to 50: some texts have no spaces); digits stay single
     words = Regex(r"▁?\p{L}{1,50}|▁?[^\p{L}\p{N}\s▁]{1,50}|\p{N}|\s|▁{1,50}")
     tok.pre_tokenizer = pre_tokenizers.Split(words, "isolated")
     tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
@@ -275,14 +275,14 @@ def train_tokenizer(texts, vocab_size):
     tok.train_from_iterator(excerpt, BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, limit_alphabet=min(1000, vocab_size - len(first)),
         special_tokens=first, show_progress=False))
-    plain = {**json.loads(tok.to_str()), "added_tokens": []}    # "<0x41>" in a text is six characters
+    plain = {**json.loads(tok.to_str()), "added_tokens": []}    # so a text's "<0x41>" stays six characters
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(plain)),
                                    unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def load_tokenizer(name):
-    """The tokenizer of a folder or a hub name; without a network, from the hub's local cache. Never runs code
-    from there. Raises UserError, which says what to type instead."""
+    """Load a tokenizer by folder or Hugging Face name; without a network, from the local cache. Never runs
+    code that comes with it. Raises UserError, which says what to type instead."""
     offline = Path(name).is_dir() or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     if offline:     # set before the import, or the hub's client would wait and retry
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -293,14 +293,14 @@ def load_tokenizer(name):
         if not hasattr(tok, "backend_tokenizer") or None in (tok.bos_token_id, tok.eos_token_id):
             raise ValueError("it has no tokenizer.json, or no <s> and </s>")
         if (highest := max(tok.get_vocab().values())) > 65535:
-            raise ValueError(f"it has ids up to {highest:,}: above 16 bits, as we store them")
+            raise ValueError(f"it has ids up to {highest:,}, but tokens are stored in 16 bits")
     except (KeyboardInterrupt, SystemExit):     # SystemExit: SIGTERM, see run
         raise
     except BaseException as error:  # a damaged or foreign file can raise anything, even a Rust panic
         raise UserError(
-            f"cannot load the tokenizer {name!r} ({first_line(error)}). One of the hub needs the network, "
+            f"cannot load the tokenizer {name!r} ({first_line(error)}). One from the hub needs the network, "
             "and may need `hf auth login` and a licence accepted; SentencePiece's format needs `pip install "
-            "sentencepiece`. Else pass --tokenizer=FOLDER or --tokenizer=train, or --dataset=mini") from None
+            "sentencepiece`. Or pass --tokenizer=FOLDER, --tokenizer=train or --dataset=mini") from None
     return tok
 
 
@@ -350,9 +350,9 @@ def _permutation(n, seed, epoch):
 
 
 def train_windows(n, step, batch_size, seed, rank=0, world_size=1):
-    """Which of n windows are the batch of a step: consecutive entries of one permutation per epoch, so that
-    none comes twice in an epoch. A pure function of its arguments: any step can be replayed. Each rank gets
-    its equal part of the same batch."""
+    """The windows (of n) in the batch of a step: consecutive entries of one permutation per epoch, so none
+    repeats within an epoch. A pure function of its arguments, so any step can be replayed. Each rank gets an
+    equal share of the same batch."""
     share = batch_size // world_size
     positions = step * batch_size + rank * share + np.arange(share)
     return [_permutation(n, seed, int(p // n))[p % n] for p in positions]
@@ -363,7 +363,7 @@ def get_batch(tokens, windows, block_size, device):
     rows = np.stack([tokens[w * block_size:(w + 1) * block_size + 1] for w in windows])
     batch = torch.from_numpy(rows.astype(np.int64))
     if torch.device(device).type == "cuda":
-        batch = batch.pin_memory()      # from there the copy runs beside the computation
+        batch = batch.pin_memory()      # so that the copy can overlap with computation
     batch = batch.to(device, non_blocking=True)
     return batch[:, :-1], batch[:, 1:]
 
@@ -372,7 +372,7 @@ def get_batch(tokens, windows, block_size, device):
 # The command line, for every script: dataclass fields are the keys, their trailing comments the help
 
 class UserError(Exception):
-    """A mistake the user can mend. Raised anywhere, it ends the program with one line and exit code 1."""
+    """A mistake the user can fix. Raised anywhere, it ends the program with one line and exit code 1."""
 
 
 def first_line(error):
@@ -392,9 +392,9 @@ def true_or_false(text):
 
 
 def parse_args(argv, doc, *configs):
-    """['--key=value', '--key', 'value', ...] -> {key: value} of the keys that are given, typed as the fields
-    of the config dataclasses. --help prints doc, and these dataclasses as they stand in the code. Raises
-    UserError for an unknown key (the nearest is named) or a value of another type."""
+    """['--key=value', '--key', 'value', ...] -> {key: value} for the keys given, typed as in the config
+    dataclasses. --help prints doc and the source of these dataclasses. Raises UserError for an unknown key,
+    suggesting the nearest, or a value of the wrong type."""
     if {"-h", "--help"} & set(argv):
         classes = (inspect.getsource(c).partition("\n\n    def ")[0] for c in configs)
         print(doc, *classes, sep="\n\n", flush=True)
@@ -428,7 +428,7 @@ def configure(config_class, *layers):
         kind, choices = known[key].type, typing.get_args(known[key].type)
         if value is None and known[key].default is None:
             continue
-        if (value not in choices) if choices else (type(value) is not kind):    # it can be a huge list
+        if (value not in choices) if choices else (type(value) is not kind):    # not shown: it can be huge
             raise UserError(f"--{key}: must be {' or '.join(choices) or kind.__name__}")
         if kind in (int, float) and not 0 <= value < 2 ** 63:       # nothing here means anything below zero
             raise UserError(f"--{key}={value}: must be a finite number, 0 or more")
@@ -439,11 +439,11 @@ def configure(config_class, *layers):
 
 
 def run(main):
-    """main(arguments) as a program. Ctrl-C, SIGTERM, SIGHUP, a reader that went away (| head), a file or disk
-    that fails and too little memory end it without a traceback."""
+    """Run main(arguments) as a program. It ends without a traceback on Ctrl-C, SIGTERM, SIGHUP, a reader that
+    went away (| head), a failing file or disk, or too little memory."""
     for signum in signal.SIGTERM, signal.SIGHUP:
-        if signal.getsignal(signum) != signal.SIG_IGN:      # nohup ignores SIGHUP: so it stays
-            signal.signal(signum, lambda n, _: sys.exit(128 + n))   # an exit like any other: staging goes
+        if signal.getsignal(signum) != signal.SIG_IGN:      # under nohup, SIGHUP stays ignored
+            signal.signal(signum, lambda n, _: sys.exit(128 + n))   # a normal exit, so staging is removed
     sys.stdout.reconfigure(errors="replace")    # a terminal may have no Polish letters; stderr escapes them
     try:
         main(sys.argv[1:])
@@ -515,7 +515,7 @@ Przed {building:ins} można spotkać {species:acc}. | O {species:loc} krąży w 
 Pieniądze na {building:acc} dał{who.past} {who}. | Plany {building:gen} narysował{who.past} {who}.
 Obok {building:gen} występuje {species}. | O {building:loc} pisał{who2.past} {who2}.
 Dzięki {building:dat} {town} stał{town.past} się sławn{town.adj}. | W {town2:loc} takich nie ma.
-""".strip().split("\n\n")       # of the sentences on a line one is taken; {town2} is a second town
+""".strip().split("\n\n")       # an article takes one sentence from each line; {town2} is a second town
 
 
 class Word:

@@ -1,14 +1,14 @@
 """GPT-2-style Transformer language model (Radford et al. 2019), tokens -> logits.
 
-Pure PyTorch: no files, no training code. Read it beside model_lstm.py: same order, same names; they differ in
+Pure PyTorch: no files, no training code. Read it beside model_lstm.py: same order, same names. They differ in
 Block (attention here, recurrence there) and so in the state that generation carries.
 
-    model = GPT(GPTConfig())                     # of the report's size: 134,367,744 parameters
+    model = GPT(GPTConfig())                     # the report's size: 134,367,744 parameters
     logits, loss = model(idx, targets)           # training
     logits, state = model.step(idx, state)       # generation, a few tokens at a time
 
-Dimensions: B sequences, T tokens, S keys (the T and those before; on a GPU more, masked), C = n_embd
-channels, nh heads of hs = C / nh channels, V vocabulary.
+Dimensions: B sequences, T tokens, S keys (of these T and those before; on a GPU also empty ones, masked),
+C = n_embd channels, nh heads of hs = C / nh channels, V vocabulary.
 """
 import math
 from dataclasses import dataclass
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 
 @dataclass
 class GPTConfig:
-    """Sizes of the Transformer: the defaults are the report's. Its switches: the tuned recipe's."""
+    """The Transformer's settings. Sizes default to the report's, switches to the tuned recipe's."""
     block_size: int = 256           # most tokens the model sees at once (its context)
     vocab_size: int = 32000         # number of token ids; taken from the dataset
     n_layer: int = 12               # Transformer blocks
     n_head: int = 12                # attention heads per block; must divide n_embd
     n_embd: int = 768               # channels
-    dropout: float = 0.0            # share dropped of the stream and its branches; 0 below an epoch
+    dropout: float = 0.0            # dropout probability (embeddings, branches); 0 below one epoch
     fused_attention: bool = True    # scaled_dot_product_attention, where faster; False: by hand
 
     def __post_init__(self):
@@ -49,9 +49,9 @@ def manual_attention(q, k, v, mask):
 
 
 def fused_attention(q, k, v, mask):
-    """The same as manual_attention, by PyTorch's kernels, most of which never store the (T, S) scores (Dao et
-    al. 2022)."""
-    # with AVX512-BF16 the kernel's backward is slow; the scores of longer windows would fill the memory
+    """Same result as manual_attention, by PyTorch's kernels. Most of them never store the (T, S) scores (Dao
+    et al. 2022)."""
+    # with AVX512-BF16 the kernel's backward is slow, but by hand the scores of long windows would fill memory
     if q.is_cpu and q.dtype == torch.bfloat16 and mask.size(1) <= 512:
         return manual_attention(q, k, v, mask)
     if mask.size(0) == mask.size(1):    # T = S, so no past: the kernel skips the masked half
@@ -60,7 +60,7 @@ def fused_attention(q, k, v, mask):
 
 
 def causal_mask(positions, S, dtype):
-    """(T, S), added to the scores: -inf where key s comes after the query at positions[t] (T,), else 0."""
+    """The (T, S) mask added to the scores: -inf where key s comes after the query at positions[t], else 0."""
     future = torch.arange(S, device=positions.device) > positions[:, None]
     return torch.zeros(future.shape, dtype=dtype, device=future.device).masked_fill_(future, -math.inf)
 
@@ -76,8 +76,8 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x, mask, positions, cache):
-        """x (B, T, C) -> (B, T, C). cache (2, B, nh, S, hs): this block's keys and values, into which those
-        of x are written at positions (T,); None in training, where x is all there is and S = T."""
+        """x (B, T, C) -> (B, T, C). cache (2, B, nh, S, hs) holds this block's keys and values; those of x
+        are written into it at positions (T,). It is None where x has no past, as in training: then S = T."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if cache is None:
@@ -126,7 +126,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.window = config.block_size     # most tokens a state can hold: so many positions are learned
+        self.window = config.block_size     # most tokens a state can hold: one per learned position
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -134,15 +134,15 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # GPT-2's 0.02; the 2 * n_layer branches that add to the residual stream are scaled so
-                # that its variance at the end is the same for any depth
+                # GPT-2's 0.02. The 2 * n_layer branches that add to the residual stream start smaller, so
+                # that its variance at the end is the same for any depth.
                 branch = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if branch else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def _hidden(self, idx, state=None):
-        """idx (B, T) -> (B, T, C), what the head reads. With a state, idx goes on where the state ends."""
+        """idx (B, T) -> the head's input (B, T, C). With a state, idx continues where the state ends."""
         T = S = idx.size(1)                     # S: how many keys x looks at
         caches, pos = [None] * len(self.blocks), 0
         if state is not None:
@@ -160,7 +160,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, reduction="mean"):
         """idx and targets (B, T) int64 -> (logits, loss). With targets: logits (B, T, V), detached, and the
-        cross entropy in nats per token: its mean, or with reduction="none" that of each token (B, T).
+        cross entropy in nats: the mean per token, or with reduction="none" the loss of each token (B, T).
         Without: logits (B, 1, V) for the last position, and None. Raises ValueError where T > block_size."""
         x = self._hidden(idx)
         if targets is None:
@@ -168,12 +168,12 @@ class GPT(nn.Module):
         logits = self.lm_head(x)
         # in float32: a softmax over 32,000 terms loses too much in half precision
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-        # detached: the logits are to look at, only the loss is trained on
+        # detached: the logits are only to look at, training uses the loss
         return logits.detach(), loss if reduction == "mean" else loss.view_as(targets)
 
     def init_state(self, batch_size):
-        """An empty KV cache, allocated once: for each layer keys and values (2, B, nh, block_size, hs), and
-        how many tokens they hold, a 0-dim tensor on the device. Zeroing all of it empties it."""
+        """An empty KV cache, allocated once: keys and values (2, B, nh, block_size, hs) for each layer, then
+        how many tokens they hold, a 0-dim tensor on the device. Zeroing all of it empties it again."""
         c, w = self.config, self.wte.weight
         shape = (2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
         dtype = torch.promote_types(w.dtype, torch.float32) if w.is_cpu else w.dtype    # faster on a CPU
@@ -183,7 +183,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def step(self, idx, state):
         """Consume idx (B, T), T >= 1 new tokens -> logits (B, V) after the last, and the state, written in
-        place. ValueError where it cannot hold T more (see `window`); on a GPU the caller must see to it."""
+        place. Raises ValueError if T more do not fit (see `window`); on a GPU the caller must check this."""
         x = self._hidden(idx, state)
         state[-1].add_(idx.size(1))
         return self.lm_head(x[:, -1]), state
@@ -192,10 +192,10 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Floating point operations to train on one token: per weight that multiplies (so not the embeddings,
-        which are looked up, nor the vectors) 2 forward and 4 backward (Kaplan et al. 2020, section 2.1); and
-        12 * C * T per layer for the scores and the weighted sum, the masked half included (Chowdhery et al.
-        2022, PaLM, appendix B)."""
+        """Floating point operations to train on one token. Each weight in a matrix product costs 2 forward
+        and 4 backward (Kaplan et al. 2020, section 2.1). Embeddings, which are looked up, and vectors are
+        left out. Attention adds 12 * C * T per layer for the scores and the weighted sum, including the
+        masked half (Chowdhery et al. 2022, PaLM, appendix B)."""
         c = self.config
         weights = [p for n, p in self.named_parameters() if p.dim() == 2 and not n.startswith(("wte", "wpe"))]
         return 6 * sum(p.numel() for p in weights) + 12 * c.n_layer * c.n_embd * c.block_size
@@ -208,6 +208,6 @@ class GPT(nn.Module):
 
 
 def keys_in_use(pos, T, block_size):
-    """How many keys of the cache a step of T tokens reads. On a CPU those in use; on a GPU all, the empty
-    ones masked: reading pos would force a host sync there, and a captured graph needs shapes that stay."""
+    """How many cached keys a step of T tokens reads: on a CPU those in use, on a GPU all, the empty ones
+    masked. On a GPU, reading pos would force a host sync, and a captured graph needs fixed shapes."""
     return int(pos) + T if pos.is_cpu else block_size

@@ -1,9 +1,9 @@
 """Stacked LSTM language model (Hochreiter and Schmidhuber 1997; Gers et al. 2000), tokens -> logits.
 
-Pure PyTorch: no files, no training code. Read it beside model_gpt.py: same order, same names; they differ in
+Pure PyTorch: no files, no training code. Read it beside model_gpt.py: same order, same names. They differ in
 Block (recurrence here, attention there) and so in the state that generation carries.
 
-    model = LSTM(LSTMConfig())                   # of the report's size: 131,054,848 parameters
+    model = LSTM(LSTMConfig())                   # the report's size: 131,054,848 parameters
     logits, loss = model(idx, targets)           # training
     logits, state = model.step(idx, state)       # generation, a few tokens at a time
 
@@ -20,15 +20,15 @@ import torch.nn.functional as F
 
 @dataclass
 class LSTMConfig:
-    """Sizes of the LSTM: the defaults are the report's. Its switches: the tuned recipe's."""
+    """The LSTM's settings. Sizes default to the report's, switches to the tuned recipe's."""
     block_size: int = 256           # tokens per training window; the model itself has no limit
     vocab_size: int = 32000         # number of token ids; taken from the dataset
     n_layer: int = 10               # stacked LSTM layers
     n_embd: int = 512               # channels of the token embedding
     n_hidden: int = 1024            # units per layer
-    dropout: float = 0.0            # share of the embedding and each layer's output dropped
-    residual: bool = True           # each layer adds its input, if as wide; False: the report
-    cudnn: bool = True              # on CUDA, cuDNN's recurrence; False: ours there too
+    dropout: float = 0.0            # dropout probability (embedding, each layer's output)
+    residual: bool = True           # add a layer's input to its output, if as wide; report: False
+    cudnn: bool = True              # use cuDNN's recurrence on CUDA; False: our own there too
 
     def __post_init__(self):
         for key in ("block_size", "vocab_size", "n_layer", "n_embd", "n_hidden"):
@@ -39,10 +39,10 @@ class LSTMConfig:
 
 
 def manual_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
-    """One layer over T steps, its equations as they stand in the textbook. Generation's single steps use it.
+    """One layer over T steps: the textbook equations. Generation uses it, except for a prompt on cuDNN.
 
-    x (T, B, n_input), h and c (B, H) -> y (T, B, H) and the last h and c. The cell c is float32 at least: it
-    is a sum over hundreds of steps, which bfloat16's 8 bits would round away.
+    x (T, B, n_input), h and c (B, H) -> y (T, B, H) and the last h and c. The cell c is at least
+    float32: it adds up hundreds of steps, and bfloat16's 8 bits would round the small ones away.
     """
     xg, y = F.linear(x, weight_ih, bias_ih), []                         # all T steps in one matmul
     for gates in xg:                                                    # (B, 4H)
@@ -54,11 +54,11 @@ def manual_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
 
 
 class Scan(torch.autograd.Function):
-    """The loop of manual_recurrence, in place and with its backward through time by hand.
+    """The loop of manual_recurrence, in place, with backpropagation through time written by hand.
 
-    By hand because autograd would keep T graphs of a dozen nodes and add T separate (4H, H) products into
-    dW_hh; here these are one matmul at the end. Inputs: xg (T, B, 4H), the input's part of the gates with
-    both biases; w_hh (4H, H); h0 and c0 (B, H). Returns h (T, B, H) and the last c (B, H).
+    Autograd would record a dozen nodes for each of T steps and add T separate (4H, H) products into dW_hh;
+    here they are one matmul at the end. Inputs: xg (T, B, 4H), what x and both biases add to the gates;
+    w_hh (4H, H); h0 and c0 (B, H). Returns h (T, B, H) and the last c (B, H).
     """
 
     @staticmethod
@@ -66,7 +66,7 @@ class Scan(torch.autograd.Function):
         T, (B, H) = len(xg), h0.shape
         gates = torch.empty_like(xg)                                    # (T, B, 4H), activated
         h = xg.new_empty(T + 1, B, H)                                   # h[t] is the state before step t
-        c = c0.new_empty(T + 1, B, H)                                   # float32 at least, see init_state
+        c = c0.new_empty(T + 1, B, H)                                   # at least float32, see above
         h[0], c[0] = h0, c0
         times_w_hh = multiplier(w_hh, B)
         for t in range(T):                                              # only what depends on h[t] is here
@@ -87,8 +87,8 @@ class Scan(torch.autograd.Function):
         T, B, H = dh_out.shape
         i, f, g, o = gates.chunk(4, dim=2)
         tanh_c = c[1:].tanh()
-        # What needs no loop, for all steps at once: the derivatives of c_t and h_t by the gates before their
-        # activations (sigmoid' = s (1 - s), tanh' = 1 - tanh^2), and of h_t by c_t.
+        # Computed for all steps at once: the derivatives of c_t and h_t with respect to the gates before
+        # activation (sigmoid' = s (1 - s), tanh' = 1 - tanh^2), and of h_t with respect to c_t.
         d = torch.empty_like(gates)                                     # the loop makes it d loss / d gate
         di, df, dg, do = d.chunk(4, dim=2)
         torch.mul(g, i * (1 - i), out=di)
@@ -110,21 +110,21 @@ class Scan(torch.autograd.Function):
 
 
 def scan_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
-    """The same as manual_recurrence, through Scan: what training uses."""
+    """Same result as manual_recurrence, through Scan. Training uses it where cuDNN does not run."""
     xg = F.linear(x, weight_ih, bias_ih + bias_hh)
     y, c = Scan.apply(xg, weight_hh.to(xg.dtype), h.to(xg.dtype), c)
     return y, y[-1], c
 
 
-# Under autocast each call has new copies of the weights, and would say so each time.
+# cuDNN wants a layer's weights in one block of memory. Ours are not, and PyTorch would warn at each call.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
 
 
 def cudnn_recurrence(x, h, c, *weights):
-    """The same as manual_recurrence, in one call of NVIDIA's kernel (Appleyard et al. 2016), whose cell is in
-    the same dtype as all else. In float16, and for one layer a call, PyTorch chooses a kernel that keeps the
-    weights on the chip through all steps (Diamos et al. 2016): more than twice as fast."""
-    # cast here: autocast would choose float16, even where bfloat16 was asked for
+    """Same result as manual_recurrence, in one call of NVIDIA's kernel (Appleyard et al. 2016), which keeps c
+    in the same dtype as the rest. In float16, with one layer per call, PyTorch picks a kernel that keeps the
+    weights on the chip for all steps (Diamos et al. 2016): more than twice as fast."""
+    # cast here: under autocast, torch.lstm would use float16 even where bfloat16 was asked for
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     x, h, cell, *weights = (t.to(dtype) for t in (x, h[None], c[None], *weights))
     with torch.autocast("cuda", enabled=False):
@@ -134,9 +134,9 @@ def cudnn_recurrence(x, h, c, *weights):
 
 
 def multiplier(weight, batch_size):
-    """-> a function x (B, K) -> x weight^T (B, N), for a weight that is used many times. A CPU's kernel wants
-    it in tiles: PyTorch cuts them anew at every call, which takes longer than multiplying so few rows; oneDNN
-    can do it once."""
+    """Return a function x (B, K) -> x weight^T (B, N), for a weight that is used many times. A CPU's kernel
+    wants it in tiles. F.linear cuts them anew at every call, which takes longer than multiplying so few rows;
+    oneDNN can do it once."""
     if weight.is_cpu and torch.backends.mkldnn.is_available() and (
             weight.dtype == torch.float32 or
             weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
@@ -161,8 +161,8 @@ class Block(nn.Module):
         """x (T, B, n_input), state h and c (B, H) -> y (T, B, H) and the new h and c."""
         y, h, c = recurrence(x, h, c, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         y = F.dropout(y, self.dropout, self.training)
-        # The identity lets the gradient reach every layer: without it, it must pass through the gates of all
-        # layers above, and ten layers learn little more than word frequencies (He et al. 2015).
+        # The residual path (He et al. 2015) lets the gradient reach every layer. Without it the gradient must
+        # pass through the gates of all layers above, and ten layers learn little more than word frequencies.
         return (x + y if self.residual else y), h, c
 
     def extra_repr(self):
@@ -186,9 +186,9 @@ class LSTM(nn.Module):
             nn.init.uniform_(p, -bound, bound)
 
     def _hidden(self, idx, state, recurrence):
-        """idx (B, T), the state before it -> (B, T, H), what the head reads, and each layer's new h and c."""
+        """idx (B, T) and the state before it -> the head's input (B, T, H), and each layer's new h and c."""
         if self.config.cudnn and idx.is_cuda and idx.size(1) > 1:
-            recurrence = cudnn_recurrence       # for one token, packing the weights takes longer
+            recurrence = cudnn_recurrence       # not for one token: packing the weights would take longer
         # time first: the slice of one step is then one contiguous piece of memory
         x = F.dropout(self.wte(idx.t()), self.config.dropout, self.training)
         new = []
@@ -199,7 +199,7 @@ class LSTM(nn.Module):
 
     def forward(self, idx, targets=None, reduction="mean"):
         """idx and targets (B, T) int64 -> (logits, loss). With targets: logits (B, T, V), detached, and the
-        cross entropy in nats per token: its mean, or with reduction="none" that of each token (B, T).
+        cross entropy in nats: the mean per token, or with reduction="none" the loss of each token (B, T).
         Without: logits (B, 1, V) for the last position, and None."""
         x, _ = self._hidden(idx, self.init_state(len(idx)), scan_recurrence)
         if targets is None:
@@ -207,12 +207,12 @@ class LSTM(nn.Module):
         logits = self.lm_head(x)
         # in float32: a softmax over 32,000 terms loses too much in half precision
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-        # detached: the logits are to look at, only the loss is trained on
+        # detached: the logits are only to look at, training uses the loss
         return logits.detach(), loss if reduction == "mean" else loss.view_as(targets)
 
     def init_state(self, batch_size):
-        """(h, c), each (n_layer, B, H), c float32 at least: all that the model knows of its past. Zeroing
-        both empties it."""
+        """An empty state (h, c), each (n_layer, B, H), c at least float32: all that the model knows of its
+        past. Zeroing both empties it again."""
         h = self.wte.weight.new_zeros(self.config.n_layer, batch_size, self.config.n_hidden)
         return h, torch.zeros_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
 
@@ -228,8 +228,8 @@ class LSTM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Floating point operations to train on one token: per weight that multiplies (so not the embedding,
-        which is looked up, nor the biases) 2 forward and 4 backward (Kaplan et al. 2020, section 2.1)."""
+        """Floating point operations to train on one token. Each weight in a matrix product costs 2 forward
+        and 4 backward (Kaplan et al. 2020, section 2.1). The embedding, a lookup, and biases are left out."""
         weights = [p for n, p in self.named_parameters() if p.dim() == 2 and not n.startswith("wte")]
         return 6 * sum(p.numel() for p in weights)
 

@@ -6,7 +6,7 @@
     python sample.py --export=FOLDER        # weights, configuration and tokenizer for use elsewhere
     python sample.py --help
 
-Owns the generation loop, which bench.py times as it is. Reads out_dir alone, never data/.
+Owns the generation loop, which bench.py times as it is. Reads only out_dir, never data/.
 """
 import re
 import time
@@ -39,13 +39,13 @@ class SampleConfig:
     prompt: str = "W 1920 roku"     # text to continue; empty: a new one
     temperature: float = 1.0        # below 1 safer, above wilder; 0: always the likeliest
     top_k: int = 0                  # draw among the k likeliest tokens only; 0: all
-    top_p: float = 1.0              # draw among the likeliest that together reach this; 1: all
+    top_p: float = 1.0              # draw among the likeliest, up to this total probability; 1: all
     max_new_tokens: int = 200       # tokens to generate, fewer where the text ends with </s>
     num_samples: int = 1            # continuations, generated as one batch
     seed: int = 1337                # the same seed gives the same text
     grid: bool = False              # all prompts at all temperatures, written to a JSON file
-    export: str = ""                # write the model to this folder, for use elsewhere, and end
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
+    export: str = ""                # write the model to this folder for use elsewhere, then exit
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first one available
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"   # int8: on cpu only
     compile: bool = False           # torch.compile, on cuda only: faster after some ten seconds
 
@@ -59,18 +59,18 @@ class SampleConfig:
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generator=None, mode=None):
-    """Continue idx (B, T): yield the next ids (B,), max_new_tokens times. The model is in eval mode.
+    """Continue idx (B, T): yield the next ids (B,), max_new_tokens times. The model must be in eval mode.
 
-    mode: "naive" computes the whole window anew for every token, as the report and nanoGPT do; "cached"
-    feeds only the newest token to model.step, which keeps what it needs of the past; "graph" is that in one
-    launch per token, on CUDA, and "compiled" the same with fewer kernels. None: graph on CUDA, else cached.
-    The tokens are the same, but for rounding. generator, a CPU one, decides all draws.
+    mode: "naive" recomputes the whole window for every token, as the report and nanoGPT do. "cached" feeds
+    only the newest token to model.step, whose state keeps what it needs of the past. "graph" does so on CUDA
+    in one launch per token, and "compiled" with fewer kernels too. None: graph on CUDA, else cached.
+    All give the same tokens, up to rounding. generator, on the CPU, decides all draws.
     """
     (B, T), device = idx.shape, idx.device
     mode = mode or ("graph" if device.type == "cuda" else "cached")
     tokens = torch.cat([idx, idx.new_empty(B, max_new_tokens)], dim=1)
     uniforms = torch.rand(max_new_tokens, B, 1, generator=generator).to(device)
-    newest, uniform = tokens[:, :1].clone(), uniforms[0].clone()       # what a decode reads, at a fixed place
+    newest, uniform = tokens[:, :1].clone(), uniforms[0].clone()       # inputs of decode, at fixed addresses
     state = () if mode == "naive" else model.init_state(B)
 
     def advance(step, idx):             # read idx (B, n): newest becomes what follows
@@ -79,7 +79,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
 
     decode = partial(advance, torch.compile(model.step) if mode == "compiled" else model.step, newest)
     if mode in ("graph", "compiled"):
-        decode = capture(decode)        # which runs it: the state is no longer empty
+        decode = capture(decode)        # this runs it, so the state is no longer empty
     first, refill = 0, True             # the window is tokens[:, first:t]; refill: all of it is read
     for t in range(T, T + max_new_tokens):
         uniform.copy_(uniforms[t - T])
@@ -94,7 +94,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
             advance(model.step, tokens[:, first:t])
         else:
             decode()
-        refill = mode == "naive"        # which reads all of it for every token
+        refill = mode == "naive"        # naive reads the whole window for every token
         tokens[:, t] = newest[:, 0]
         yield tokens[:, t]
 
@@ -102,10 +102,10 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, ge
 def pick(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """Draw the next token: logits (B, V) -> ids (B,). uniform (B, 1) in [0, 1) decides the draw. Never forces
     a host sync."""
-    if temperature < 1e-4:      # 0, and what would overflow the division: greedy
+    if temperature < 1e-4:      # greedy: 0, or so small that the division would overflow
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
-    # CUDA sums a long row in no fixed order: in float64 this is too small to change a draw (MPS has none)
+    # CUDA sums a long row in no fixed order; float64 (MPS has none) makes this too small to change a draw
     exact = torch.float64 if logits.is_cuda else torch.float32
     if top_k:
         weakest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
@@ -116,7 +116,7 @@ def pick(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
         ordered = ordered.masked_fill(p.cumsum(dim=-1, dtype=exact) - p >= top_p, float("-inf"))
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
     # Lay the probabilities end to end on a line: a uniform point on it falls on token i with probability p_i.
-    # One draw, where torch.multinomial needs one for each of the 32,000 and looks at p on the host.
+    # This takes one random number, where torch.multinomial takes one per token id and checks p on the host.
     line = logits.softmax(dim=-1).cumsum(dim=-1, dtype=exact)
     drawn = torch.searchsorted(line, uniform * line[:, -1:], right=True).squeeze(1)
     return drawn.clamp(max=logits.size(-1) - 1)         # NaN logits lead beyond the line's end
@@ -126,8 +126,8 @@ def capture(function):
     """function() as a CUDA graph, all its kernels in one launch -> a callable that runs it again on the same
     memory.
 
-    At batch 1 a kernel takes about as long as the CPU takes to launch it, so launches set the pace. function
-    must read and write tensors that stay where they are, and never look at a value on the host.
+    At batch 1 a kernel runs about as long as the CPU takes to launch it, so launches set the pace. function
+    must use tensors that stay at the same addresses, and must never read a value on the host.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -141,12 +141,12 @@ def capture(function):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Matrices that multiply in a way of their own on a CPU. A multiplier, as in model_lstm.py, makes of a matrix
-# w (N, K) the function x (..., K) -> x w^T (..., N).
+# Faster matrix products on a CPU. A multiplier, as in model_lstm.py, turns a matrix w (N, K) into the
+# function x (..., K) -> x w^T (..., N).
 
 class Weight:
-    """Stands in a model where a matrix stood: PyTorch hands F.linear to any argument that has
-    __torch_function__, so model.step need not know."""
+    """Replaces a matrix in a model. PyTorch passes F.linear on to any argument with __torch_function__, so
+    model.step need not know."""
 
     def __init__(self, times):
         self.times = times
@@ -161,13 +161,13 @@ class Weight:
 
 
 def int8_multiplier(w):
-    """8-bit integers. Each output channel n has one scale, s_n = max |w_n| / 127, and the integers
-    round(w_n / s_n): half the bytes of bfloat16. The kernel multiplies integers by integers (Jacob et
-    al. 2018), so the activations, in float32, are rounded too, by the range of each call."""
+    """Multiply in 8-bit integers. Each output channel n has a scale, s_n = max |w_n| / 127, and the integers
+    round(w_n / s_n), half the bytes of bfloat16. The kernel multiplies integers by integers (Jacob et
+    al. 2018), so it also quantizes the float32 activations, by their range in each call."""
     scale, zero = w.abs().amax(dim=1).clamp(min=1e-12) / 127, torch.zeros(len(w), dtype=torch.int64)
     if torch.backends.quantized.engine == "none":       # macOS: it has a kernel, and chooses none
         torch.backends.quantized.engine = "qnnpack"
-    # PyTorch 2.13 announces the end of this way, not yet another
+    # PyTorch 2.13 deprecates this function, but has no replacement yet
     warnings.filterwarnings("ignore", message=".*quantize_per_channel")
     q = torch.quantize_per_channel(w, scale.double(), zero, axis=0, dtype=torch.qint8)
     packed = torch.ops.quantized.linear_prepack(q, None)
@@ -176,11 +176,11 @@ def int8_multiplier(w):
 
 
 def to_dtype(model, dtype):
-    """model for generation by model.step, its weights in dtype, for good. On a CPU its matrices become
-    Weights; not the embeddings, of which a token reads a single row."""
+    """Convert model in place, and for good, to generate by model.step with weights in dtype. On a CPU its
+    matrices become Weights, but not the embeddings, of which a token reads a single row."""
     set_matmul_precision(dtype)
     model.to(torch.float32 if dtype == torch.int8 else dtype)
-    # In tiles one row reads a float32 or bfloat16 matrix up to twice as fast as F.linear does.
+    # For a single row, tiles make a float32 or bfloat16 matrix up to twice as fast as with F.linear.
     times = int8_multiplier if dtype == torch.int8 else partial(multiplier, batch_size=1)
     if next(model.parameters()).device.type == "cpu":
         for module in model.modules():
@@ -195,13 +195,13 @@ def to_dtype(model, dtype):
 # Text
 
 def continue_prompt(model, tok, config):
-    """Generate and print config.num_samples continuations of the prompt as one batch, a single one as it
-    comes -> a list of token id lists, each what is read of the prompt, then its continuation up to </s>; and
+    """Generate and print config.num_samples continuations of the prompt as one batch, streaming a single one.
+    Returns a list of token ids for each (what was read of the prompt, then its continuation up to </s>), and
     tokens/s over all after the first token. Raises UserError for another model's tokenizer."""
-    # of a long prompt the newest block_size tokens: neither model was trained on more
+    # keep the last block_size tokens of a long prompt: neither model was trained on more
     ids = [tok.bos_token_id, *data.encode(tok, [config.prompt])[0]][-model.config.block_size:]
     if max(ids) >= model.config.vocab_size:
-        raise UserError("the tokenizer in the run's folder has more entries than its model: it is another's")
+        raise UserError("the run folder's tokenizer has more entries than its model: it is from another run")
     idx = torch.tensor([ids] * config.num_samples, device=next(model.parameters()).device)
     generator, rows = torch.Generator().manual_seed(config.seed), []
     decode, shown, held, eos = tok.backend_tokenizer.decode, ids, [], tok.eos_token_id
@@ -212,20 +212,20 @@ def continue_prompt(model, tok, config):
                              config.top_p, generator, "compiled" if config.compile else None):
         rows.append(next_ids)
         if len(rows) == 1:
-            next_ids.tolist()                           # the prompt's pass is over
+            next_ids.tolist()                           # wait until the prompt has been read
             start = time.perf_counter()
         if stream:
             if next_ids.item() == eos:
                 break
             held.append(next_ids.item())
             new = decode(shown + held)[len(decode(shown)):]
-            if new and not new.endswith("\ufffd"):      # a character in several tokens waits to be whole
+            if new and not new.endswith("\ufffd"):      # wait for the rest of a character of several tokens
                 print(new, end="", flush=True)
                 shown, held = held, []
     new = torch.stack(rows, dim=1).tolist()             # also waits for the device
     speed = config.num_samples * (len(rows) - 1) / (time.perf_counter() - start)
     rows = [ids + row[:[*row, eos].index(eos)] for row in new]              # up to the first </s>, or all
-    for i, row in enumerate(rows, 1):       # what was streamed needs its end of line alone
+    for i, row in enumerate(rows, 1):       # streamed text only lacks its end of line
         print("" if stream else f"--- {i}\n{tok.decode(row, skip_special_tokens=True)}")
     return rows, speed
 
@@ -258,7 +258,7 @@ def main(argv):
     facts = {"model": checkpoint["config"]["model"], "dataset": checkpoint["config"]["dataset"],
              "device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}
     asked, results = [(config.prompt, config.temperature)], []
-    if config.grid:         # the report's inference file, each text with its <s>, as the report's
+    if config.grid:         # as in the report's inference file, whose texts keep their <s>
         asked = [(prompt, temperature) for prompt in GRID_PROMPTS for temperature in GRID_TEMPERATURES]
     for prompt, temperature in asked:
         rows, speed = continue_prompt(model, tok, replace(config, prompt=prompt, temperature=temperature))

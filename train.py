@@ -7,9 +7,9 @@
     torchrun --nproc_per_node=8 train.py    # the same run, its batches divided among 8 GPUs
     python train.py --help                  # every key
 
-A run leaves in its folder ckpt.pt (the weights with the lowest validation loss), last.pt (the newest, to go
-on from), tokenizer/, model_summary.txt, metrics.jsonl (a line per evaluation), learning_curves.png, and at
-its end results.json. Losses are in nats per token.
+A run writes to its folder ckpt.pt (the weights with the lowest validation loss), last.pt (the newest state,
+to resume from), tokenizer/, model_summary.txt, metrics.jsonl (one line per evaluation) and, at the end,
+learning_curves.png and results.json. Losses are in nats per token.
 """
 import copy
 import ctypes
@@ -43,7 +43,7 @@ from model_lstm import LSTM, LSTMConfig
 FORMAT_VERSION = 10     # of the checkpoints; raised when an older one can no longer be read
 # key: (class, config, default folder as the report names it)
 MODELS = {"gpt": (GPT, GPTConfig, "outputs/transformer"), "lstm": (LSTM, LSTMConfig, "outputs/rnn")}
-# Which of how many processes this is, as torchrun says. The first one writes and prints.
+# The number of processes, and which of them this is: torchrun sets both. Only the first writes and prints.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if WORLD_SIZE > 1 else 0
 IS_MAIN = RANK == 0
@@ -52,11 +52,11 @@ IS_MAIN = RANK == 0
 @dataclass
 class TrainConfig:
     """The run."""
-    model: Literal["gpt", "lstm"] = "gpt"           # which of the two
-    dataset: str = ""                   # under data/; empty: plwiki where prepared, else mini
-    out_dir: str = ""                   # for the results; empty: outputs/transformer or outputs/rnn
-    init_from: Literal["scratch", "resume"] = "scratch"     # resume: go on from out_dir/last.pt
-    recipe: Literal["tuned", "report"] = "tuned"    # report: as the report trained, see RECIPES
+    model: Literal["gpt", "lstm"] = "gpt"           # the model to train
+    dataset: str = ""                   # folder in data/; empty: plwiki if prepared, else mini
+    out_dir: str = ""                   # of the results; empty: outputs/transformer or outputs/rnn
+    init_from: Literal["scratch", "resume"] = "scratch"     # resume: continue from out_dir/last.pt
+    recipe: Literal["tuned", "report"] = "tuned"    # report: the report's settings, see RECIPES
     # a step
     batch_size: int = 32                # sequences per forward pass, summed over all processes
     gradient_accumulation_steps: int = 1    # forward passes a step, each of batch_size
@@ -64,30 +64,30 @@ class TrainConfig:
     max_iters: int = 0                  # steps; 0: no limit
     max_minutes: float = 120.0          # with evaluations, without the final test; 0: no limit
     # optimizer
-    optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # muon for the GPT, else adamw
-    learning_rate: float = 4e-3         # the highest of the schedule
-    muon_learning_rate: float = None    # of the matrices that muon moves; None: learning_rate
-    embedding_lr_scale: float = 4.0     # embeddings learn at this times learning_rate; adam: 1
-    weight_decay: float = 0.1           # pull towards zero; adam: of all weights, else of matrices
-    beta1: float = 0.9                  # memory of Adam's mean of gradients
-    beta2: float = 0.99                 # memory of Adam's mean of squares; 0.999 is PyTorch's
-    schedule: Literal["cosine", "constant"] = "cosine"  # over max_iters, else over max_minutes
-    warmup_iters: int = 100             # steps in which the rate rises to learning_rate
-    min_lr: float = None                # where the cosine ends; None: a tenth of learning_rate
-    grad_clip: float = 1.0              # largest norm of the whole gradient; 0: no clipping
+    optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # auto: gpt muon, lstm adamw
+    learning_rate: float = 4e-3         # peak of the schedule
+    muon_learning_rate: float = None    # peak for matrices that Muon updates; None: learning_rate
+    embedding_lr_scale: float = 4.0     # embeddings learn at this times learning_rate; not in adam
+    weight_decay: float = 0.1           # pull towards zero, of matrices; adam: of every parameter
+    beta1: float = 0.9                  # decay rate of Adam's running mean of gradients
+    beta2: float = 0.99                 # the same for squared gradients; PyTorch's default is 0.999
+    schedule: Literal["cosine", "constant"] = "cosine"  # over max_iters if set, else max_minutes
+    warmup_iters: int = 100             # steps of linear warmup to learning_rate
+    min_lr: float = None                # final rate of the cosine; None: a tenth of learning_rate
+    grad_clip: float = 1.0              # maximum norm of the whole gradient; 0: no clipping
     # evaluation, logging and saving
     eval_interval: int = 100            # steps between evaluations on train and val
-    eval_iters: int = 10                # batches of each in an evaluation, always the same ones
-    log_interval: int = 10              # steps between looks at the loss (bar, train/loss)
-    save_minutes: float = 1.0           # between saves, so what a kill can lose; 0: every step
+    eval_iters: int = 10                # batches per split in an evaluation, always the same ones
+    log_interval: int = 10              # steps between reports of the loss (bar, train/loss)
+    save_minutes: float = 1.0           # minutes between saves, so what a kill loses; 0: each step
     wandb_log: bool = False             # Weights & Biases; WANDB_MODE=offline needs no account
     wandb_project: str = "polish-lm"    # project name there
     wandb_run_name: str = ""            # run name there; empty: the model and the dataset
     # machine
-    seed: int = 1337                    # of the start weights, the order of the data and dropout
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these that is there
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the matrix products
-    compile: bool = None                # torch.compile, for the GPT; None: on CUDA
+    seed: int = 1337                    # of the initial weights, the data order and dropout
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first one available
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of matrix products
+    compile: bool = None                # use torch.compile (GPT only); None: only on CUDA
 
     def __post_init__(self):
         for key in "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval":
@@ -99,17 +99,17 @@ class TrainConfig:
             raise ValueError("max_minutes 0 needs max_iters")
 
 
-# The two recipes. The dataclass defaults are the tuned one; here is all in which the report's differs. Each
-# is a key, so `--recipe=report --optimizer=adamw` measures one change.
+# The two recipes. The dataclass defaults are the tuned one; these are all the settings where the report's
+# differs. Each is a key of its own, so `--recipe=report --optimizer=adamw` measures a single change.
 RECIPES = {"tuned": {}, "report": {
-    "optimizer": "adam",            # decay 0.1 inside the gradient, which Adam then divides by its size
+    "optimizer": "adam",            # adds the weight decay to the gradient, so Adam rescales it too
     "learning_rate": 5e-4, "beta2": 0.999, "embedding_lr_scale": 1.0,
     "schedule": "constant", "warmup_iters": 0, "grad_clip": 0.0,
     "dtype": "float32", "compile": False,
     "fused_attention": False, "residual": False,    # of the GPT, of the LSTM
 }}
 
-# Settings for the embedded dataset: some minutes on two CPU cores. There Muon serves the LSTM better too.
+# Settings for the embedded dataset: a few minutes on two CPU cores. Here Muon suits the LSTM better, too.
 MINI = {"block_size": 128, "max_iters": 300, "optimizer": "muon", "learning_rate": 5e-3, "warmup_iters": 50,
         "n_layer": 4, "n_head": 4, "n_embd": 128, "n_hidden": 192}
 
@@ -121,20 +121,20 @@ MAY_CHANGE = {"init_from", "out_dir", "max_iters", "max_minutes", "learning_rate
 
 @dataclass
 class State:
-    """What a run is, besides its weights, moments and settings. Saved whole and restored whole."""
-    step: int = 0                   # steps taken: decides the batch, and what dropout drops
-    minutes: float = 0.0            # spent so far, over all resumes; the clock of the budget
+    """What a run must remember besides its weights, moments and settings. Saved and restored as a whole."""
+    step: int = 0                   # steps taken; determines the next batch and dropout masks
+    minutes: float = 0.0            # training time so far, over all resumes; measured against max_minutes
     best_val: float = math.inf      # lowest validation loss, that of ckpt.pt
     metrics: list = field(default_factory=list)     # a dict for each evaluation: the lines of metrics.jsonl
-    wandb_id: str = ""              # of the run there, so that a resumed one goes on in it
+    wandb_id: str = ""              # id of the W&B run, so that a resumed run continues it
 
 
 class Trainer:
-    """One run: restore where it is resumed, then run. bench.py uses train_step alone."""
+    """One run. To resume one, call restore() before run(). bench.py uses only train_step()."""
 
     def __init__(self, config, model, splits, facts=None):
-        """model: on its device. splits: {"train" | "val" | "test": tokens}. facts: of each split, as in
-        meta.json; bench.py's steps need none."""
+        """model: already on its device. splits: {"train" | "val" | "test": tokens}. facts: the "splits" of
+        meta.json, which train_step does not need."""
         self.config, self.model, self.splits, self.facts = config, model, splits, facts
         self.state, self.out_dir = State(), Path(config.out_dir)
         self.device, self.block_size = next(model.parameters()).device, model.config.block_size
@@ -144,22 +144,22 @@ class Trainer:
         set_matmul_precision(self.dtype)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         self.optimizers = make_optimizers(model, config, self.dtype)
-        # In float16 small gradients vanish: there the loss is scaled up, and a step whose gradient then
-        # overflows is left out, see train_step. Elsewhere the scaler does nothing.
+        # In float16 small gradients underflow to 0, so the loss is scaled up. If a gradient then overflows,
+        # train_step skips the update. With any other dtype the scaler does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.forward = self.ddp = DistributedDataParallel(model) if WORLD_SIZE > 1 else model
         wanted = self.device.type == "cuda" if config.compile is None else config.compile
-        if wanted and config.model == "gpt":    # to unroll the LSTM's loop takes longer than it saves
+        if wanted and config.model == "gpt":    # compiling the LSTM's unrolled loop costs more than it saves
             fault = compile_fault(self.device)
             if fault and IS_MAIN:
-                print(f"{fault}: the run goes on without it, somewhat slower")
-            # As a CUDA graph, which need not wait for launches: a fifth faster on an H100. Its gradients lie
-            # where the next replay writes, so they cannot be accumulated; with DDP it is untried.
+                print(f"{fault}: training continues without it, somewhat slower")
+            # reduce-overhead: CUDA graphs, which save kernel launches; a fifth faster on an H100. A replay
+            # overwrites the last one's gradients, so they cannot be accumulated. Untested with DDP.
             mode = "reduce-overhead" if WORLD_SIZE == config.gradient_accumulation_steps == 1 else None
             self.forward = self.ddp if fault else torch.compile(self.ddp, mode=mode)
 
         self.best = None                # the best checkpoint, until it is on disk
-        self.interrupted = False        # this process, by a signal; self.stopping: any process
+        self.interrupted = False        # a signal reached this process; self.stopping: it reached any of them
         self.wandb_run = None
 
     def run(self):
@@ -174,7 +174,7 @@ class Trainer:
             if config.wandb_log:
                 may_fail("wandb", self.start_wandb)
         for signum in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
-            if signal.getsignal(signum) != signal.SIG_IGN:      # nohup ignores SIGHUP: so it stays
+            if signal.getsignal(signum) != signal.SIG_IGN:      # under nohup, SIGHUP stays ignored
                 signal.signal(signum, self.request_stop)
         self.train()
         self.finish()
@@ -183,15 +183,15 @@ class Trainer:
         """Take steps until the budget is used up or a signal comes, with evaluations and saves in between."""
         config, state = self.config, self.state
         self.model.train()
-        self.mark, self.mark_step = time.perf_counter(), state.step     # since when tokens/s are counted
+        self.mark, self.mark_step = time.perf_counter(), state.step     # tokens/s are counted from here
         self.began, saved_at = self.mark - 60 * state.minutes, -math.inf
         self.bar = progress_bar(total=1.0, initial=min(1.0, share_done(config, state)), desc=config.model,
                                 bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
                                 smoothing=0, disable=not IS_MAIN)
         if not state.metrics:
-            self.evaluate_and_log()     # so that there is a best checkpoint, whatever comes
+            self.evaluate_and_log()     # so that there is a best checkpoint from the start
         while self.goes_on():
-            # in thousandths: there is no ETA before the first, it would be a guess
+            # in steps of a thousandth: no ETA is shown before the first, since it would be a guess
             self.bar.update(max(0.0, round(share_done(config, state), 3) - self.bar.n))
             if state.step % config.eval_interval == 0 and state.step > state.metrics[-1]["step"]:
                 self.evaluate_and_log()
@@ -207,7 +207,7 @@ class Trainer:
         self.bar.close()
 
     def goes_on(self):
-        """Read the clock -> is there another step? All processes must decide alike, so they share both."""
+        """Whether to take another step. Processes share clock and signals, so that all decide the same."""
         minutes = (time.perf_counter() - self.began) / 60
         shared = torch.tensor([minutes, self.interrupted], dtype=torch.float64)
         if WORLD_SIZE > 1:
@@ -216,8 +216,8 @@ class Trainer:
         return not self.stopping and share_done(self.config, self.state) < 1
 
     def train_step(self):
-        """Forward and backward over the batches of one step, clip, update. Which batches, and what dropout
-        drops, depends on the step's number, the seed and the process, so that it can be replayed."""
+        """Forward and backward over the batches of one step, clip, update. Batches and dropout masks depend
+        only on the step number, the seed and the process, so that they can be reproduced."""
         config, state, n = self.config, self.state, self.config.gradient_accumulation_steps
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -236,7 +236,7 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        # one verdict on an overflow in float16 (a host sync): the scaler would give each optimizer its own
+        # in float16 (a host sync) skip all optimizers or none: the scaler would decide for each separately
         overflow = self.scaler.is_enabled() and not norm.isfinite()
         for optimizer in self.optimizers:
             if not overflow:
@@ -246,18 +246,18 @@ class Trainer:
         state.step += 1
 
     def check_finite(self, *losses):
-        """Raises UserError where the weights, or one of these losses, are not finite: such weights are never
-        saved. A gradient need not be looked at: it spoils the weights at once. Forces a host sync."""
+        """Raises UserError if a weight or one of these losses is not finite, so that such weights are never
+        saved. Gradients need no check: a bad one makes weights non-finite at once. Forces a host sync."""
         weights = torch.nn.utils.get_total_norm(self.model.parameters())
         if not all(map(math.isfinite, (weights, *losses))):
             raise UserError(
                 f"step {self.state.step}: the loss or a weight is no longer finite. The learning rate is "
-                f"too high: try --learning_rate={self.config.learning_rate / 3:.1g} (and a lower "
-                f"--muon_learning_rate, where that is set). {self.out_dir} holds the last save")
+                f"probably too high: try --learning_rate={self.config.learning_rate / 3:.1g} (and a lower "
+                f"--muon_learning_rate, if you set it). {self.out_dir} holds the last save")
 
     def evaluate_and_log(self):
         """Measure train and val loss, always on the same windows; keep the best."""
-        self.check_finite()             # also waits for the device, so that speed is that of finished work
+        self.check_finite()             # also waits for the device, so that speed counts finished work only
         config, state, speed = self.config, self.state, self.tokens_per_second()
         most = config.eval_iters * config.batch_size
         row = {"step": state.step, "tokens_seen": state.step * self.tokens_per_step,
@@ -280,13 +280,13 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, split, most=math.inf):
-        """Over a split, or `most` windows spread over it, each process its share -> {"SPLIT_loss",
+        """Evaluate a split, or `most` windows spread over it, shared among the processes -> {"SPLIT_loss",
         "SPLIT_perplexity"}, and the mean loss at each position of a window, (T,) float64."""
         self.model.eval()
         n, total = self.n_windows[split], torch.zeros(self.block_size, dtype=torch.float64)
         windows = np.linspace(0, n - 1, min(n, most), dtype=int)
         mine, size = windows[RANK::WORLD_SIZE], self.config.batch_size // WORLD_SIZE
-        # after a second a bar, in the place of the run's
+        # if this takes over a second, a progress bar in place of the run's
         for i in progress_bar(range(0, len(mine), size), desc=f"evaluating on {split}", delay=1, position=0,
                               disable=not IS_MAIN):
             idx, targets = data.get_batch(self.splits[split], mine[i:i + size], self.block_size, self.device)
@@ -299,7 +299,7 @@ class Trainer:
         by_position = total / len(windows)
         loss = by_position.mean().item()
         self.check_finite(loss)
-        # how many equally likely tokens would be as hard to guess; a diverged loss can be 1000
+        # perplexity: how many equally likely tokens are as hard to guess; capped, as exp(1000) overflows
         return {f"{split}_loss": loss, f"{split}_perplexity": math.exp(min(loss, 100.0))}, by_position
 
     def tokens_per_second(self):
@@ -316,7 +316,7 @@ class Trainer:
                         "tokens_seen": self.state.step * self.tokens_per_step})
 
     def checkpoint(self):
-        """What ckpt.pt and last.pt have in common. ckpt.pt's last line of metrics is that of its weights."""
+        """What ckpt.pt and last.pt share. The last metrics entry in ckpt.pt is the one for its weights."""
         return {"format_version": FORMAT_VERSION, "config": asdict(self.config), "state": asdict(self.state),
                 "model_config": asdict(self.model.config), "data_sha256": self.facts["train"]["sha256"],
                 "model": self.model.state_dict()}
@@ -326,7 +326,7 @@ class Trainer:
         self.check_finite()
         if not IS_MAIN:
             return
-        (self.out_dir / "results.json").unlink(missing_ok=True)         # of an earlier end
+        (self.out_dir / "results.json").unlink(missing_ok=True)         # out of date once a run resumes
         if self.best:
             write_whole(self.out_dir / "ckpt.pt", lambda p: torch.save(self.best, p))
             self.best = None
@@ -335,8 +335,8 @@ class Trainer:
         write_whole(self.out_dir / "last.pt", lambda p: torch.save({**self.checkpoint(), **moments}, p))
 
     def restore(self, saved):
-        """Take up the moments and the state of last.pt, whose weights the model already has. Raises UserError
-        where they do not fit."""
+        """Restore optimizers, scaler and state from last.pt; the model already has its weights. Raises
+        UserError if they do not fit."""
         try:
             for optimizer, before in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(before)
@@ -345,7 +345,7 @@ class Trainer:
         except Exception as error:
             raise UserError(f"{self.out_dir}/last.pt is damaged ({first_line(error)})") from None
         self.state = saved["state"]
-        # a kill between two writes leaves a ckpt.pt that is newer
+        # from ckpt.pt: a kill between the two writes of save() leaves it newer than last.pt
         self.state.best_val = load_checkpoint(self.out_dir / "ckpt.pt")["state"].best_val
 
     def finish(self):
@@ -381,7 +381,7 @@ class Trainer:
               f"per character; now try: python sample.py --out_dir={self.out_dir}")
         if self.wandb_run:
             summary = {k: v for k, v in results.items() if k not in ("config", "test_loss_by_position")}
-            # the last line of metrics goes out first: it has some of the same keys
+            # send the last metrics first: they share keys with the summary and would overwrite it
             may_fail("wandb", lambda: self.wandb_run.log({}, commit=True))
             may_fail("wandb", lambda: self.wandb_run.summary.update(summary))
             may_fail("wandb", self.wandb_run.finish)
@@ -402,22 +402,22 @@ class Trainer:
             may_fail("wandb", lambda: self.wandb_run.log(values, step=self.state.step))
 
     def request_stop(self, signum, frame):
-        """The first Ctrl-C or SIGTERM finishes the step, saves and scores; Ctrl-C then ends at once."""
+        """On a signal, finish the step, save and run the final test. Ctrl-C after that ends at once."""
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if IS_MAIN:
-            with suppress(OSError):     # not print: a signal can come in the midst of one
+            with suppress(OSError):     # not print(): the signal may have interrupted one
                 os.write(2, b"\nstopping after this step; a save and the final test follow. "
-                            b"Now Ctrl-C ends at once and loses nothing saved\n")
+                            b"Now Ctrl-C ends at once; what has been saved is kept\n")
 
 
 # ----------------------------------------------------------------------------------------------------
-# Its parts: the schedule, the optimizer, and what may fail
+# What Trainer uses: the schedule, the optimizers, and calls that may fail
 
 def schedule_at(config, state):
-    """The share of the highest learning rate: linear warmup, then constant, or a cosine that ends at
-    min_lr / learning_rate (Loshchilov and Hutter 2017) and began with the run, so that a long warmup cuts off
-    its top. It follows max_iters where that is given, and then a step can be replayed; else the clock."""
+    """The learning rate as a share of its peak: linear warmup, then constant or a cosine (Loshchilov and
+    Hutter 2017) down to min_lr / learning_rate. The cosine starts at step 0, so a long warmup cuts off its
+    top. It follows max_iters if that is set, so that a step can be replayed; otherwise the clock."""
     if state.step < config.warmup_iters:
         return (state.step + 1) / config.warmup_iters
     if config.schedule == "constant":
@@ -433,39 +433,39 @@ def share_done(config, state):
 
 
 def make_optimizers(model, config, dtype=torch.float32):
-    """-> the optimizers of a step, each with the highest learning rate of its schedule."""
+    """-> the list of optimizers, each with the peak of its learning rate."""
     lr, betas, decay = config.learning_rate, (config.beta1, config.beta2), config.weight_decay
     name = {"gpt": "muon", "lstm": "adamw"}[config.model] if config.optimizer == "auto" else config.optimizer
     if name == "adam":
-        # As the report: every parameter decays, and the decay passes through Adam's division by the size of
-        # the gradient. Where gradients are small, the decay grows to full step length.
+        # As in the report: every parameter decays. The decay is added to the gradient, which Adam divides by
+        # its usual size, so where the gradient itself is small, the decay alone takes a full-length step.
         return [torch.optim.Adam(model.parameters(), lr, betas, weight_decay=decay)]
-    # A token's row has a gradient only where the token occurs, so the embeddings bear longer steps; the
-    # positions', which are few, go with them.
+    # A token's row gets a gradient only when the token occurs, so the embeddings tolerate a higher learning
+    # rate. The position embeddings, which are few, share it.
     embeddings = [p for n, p in model.named_parameters() if n.startswith(("wte", "wpe"))]
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2] if name == "muon" else []
     rest = [p for p in model.parameters() if all(p is not q for q in embeddings + matrices)]
-    # Decay apart from the gradient (Loshchilov and Hutter 2019), and on matrices only: shrinking a bias or a
-    # layer norm's gain towards zero regularises nothing.
+    # Decoupled weight decay (Loshchilov and Hutter 2019), on matrices only: shrinking a bias or a layer
+    # norm's gain towards zero does not regularise the model.
     groups = [{"params": embeddings, "scale": config.embedding_lr_scale},
               {"params": [p for p in rest if p.dim() >= 2]},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr, betas, weight_decay=decay, fused=True)]
     if matrices:
         lr = lr if config.muon_learning_rate is None else config.muon_learning_rate
-        # bfloat16 is exact enough for Newton-Schulz; where the processor lacks it, float32 is faster
+        # bfloat16 is precise enough for Newton-Schulz, but slow where it is emulated: follow the run's dtype
         dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         optimizers.append(Muon(matrices, lr, decay, dtype))
     return optimizers
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal (Jordan et al. 2024): a step moves a matrix by nearly the same length in all
-    its singular directions, where a gradient is long in few of them.
+    """Orthogonalised momentum (Jordan et al. 2024). A gradient is large in only a few singular directions of
+    its matrix; this step moves the matrix by nearly the same amount in all of them.
 
-    Scaled so that an entry moves by about 0.2 lr, as with AdamW (Liu et al. 2025); so the two can share a
-    learning rate. torch.optim.Muon with adjust_lr_fn="match_rms_adamw" is the same, but always in bfloat16,
-    which takes 17 times as long on a CPU without it.
+    It is scaled so that an entry moves by about 0.2 lr, as with AdamW (Liu et al. 2025), so the two can share
+    a learning rate. torch.optim.Muon with adjust_lr_fn="match_rms_adamw" does the same, but always in
+    bfloat16, which takes 17 times as long on a CPU without bfloat16 arithmetic.
     """
 
     def __init__(self, params, lr, weight_decay, dtype, momentum=0.95):
@@ -475,21 +475,21 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:     # as one batch: a GPU need not wait for hundreds of launches
+        for group in self.param_groups:     # each as one batch, which saves hundreds of kernel launches
             params, lr = group["params"], group["lr"]
             grads = torch.stack([p.grad for p in params])
             kept = self.state[params[0]]                # the batch's, kept under its first matrix
             if not kept:
                 kept["mean"] = torch.zeros_like(grads)
             mean = kept["mean"].lerp_(grads, 1 - self.momentum)
-            ahead = grads.lerp(mean, self.momentum)     # as Nesterov: where the mean will be next
+            ahead = grads.lerp(mean, self.momentum)     # Nesterov momentum: look one step ahead
             for p, move in zip(params, orthogonal(ahead.to(self.dtype)).to(ahead.dtype)):
                 p.mul_(1 - lr * self.weight_decay).add_(move, alpha=-0.2 * max(p.shape) ** 0.5 * lr)
 
 
 def orthogonal(x):
-    """A batch of x = U S V^T -> U V^T, nearly: five rounds of 3.4445 s - 4.7750 s^3 + 2.0315 s^5 put all
-    singular values s above 1/500 of the norm between 0.68 and 1.2. x (n, rows, columns)."""
+    """A batch x (n, rows, columns) of U S V^T -> nearly U V^T. Five Newton-Schulz steps 3.4445 s - 4.7750 s^3
+    + 2.0315 s^5 bring each singular value s above 1/500 of the norm to between 0.68 and 1.2."""
     if x.size(1) > x.size(2):
         return orthogonal(x.mT).mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)    # no singular value above 1
@@ -501,7 +501,7 @@ def orthogonal(x):
 
 
 def compile_fault(device):
-    """Why torch.compile, which needs a C compiler and Python's headers, does not work here; "": it does."""
+    """Why torch.compile (it needs a C compiler and Python's headers) does not work here, or "" if it does."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(16, device=device))
     except Exception as error:
@@ -519,7 +519,7 @@ def may_fail(what, call):
 
 @contextmanager
 def picture(path, n_panels, width, height, n_rows=1):
-    """with picture(...) as rows of panels: draw on them. Then they are written to path, in one style."""
+    """`with picture(...) as rows:` gives rows of panels to draw on, and then writes them to path."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     with rc_context({"axes.grid": True, "grid.alpha": 0.3, "font.size": 13, "lines.linewidth": 2.5}):
@@ -548,20 +548,20 @@ def plot_curves(trainer, best):
 # The machine, for train.py, sample.py and bench.py
 
 def devices_present():
-    """Of cuda, mps and cpu those that are here, the fastest first."""
+    """Those of cuda, mps and cpu that are available, fastest first."""
     return ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
 
 
 def choose_device(name="auto"):
-    """"auto", "cuda", "mps" or "cpu" -> torch.device. Raises UserError where it is not there."""
+    """"auto", "cuda", "mps" or "cpu" -> torch.device. Raises UserError if it is not available."""
     name = devices_present()[0] if name == "auto" else name
     if name not in devices_present():
         raise UserError(f"--device={name}: there is none here; use --device=cpu")
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))     # torchrun's
     if name == "cpu":
-        # By default each large tensor goes back to Linux, which zeroes its pages again for the next: a fifth
-        # to a third of a training step. So malloc, where it can be told, keeps what it frees.
+        # By default malloc returns each large freed tensor to Linux, which zeroes new pages for the next one:
+        # a fifth to a third of a training step. So, where malloc has the option, it keeps freed memory.
         with suppress(AttributeError, OSError, TypeError):
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0)      # M_MMAP_MAX: no tensor in a mapping of its own
@@ -570,8 +570,8 @@ def choose_device(name="auto"):
 
 
 def choose_dtype(name, device, model=None):
-    """-> the torch.dtype of the matrix products, and why. model: the one to train; None: to generate. Raises
-    UserError for int8 elsewhere than on a CPU."""
+    """-> the torch.dtype of the matrix products, and why. model: the name of the one to train, or None to
+    generate. Raises UserError for int8 on anything but a CPU."""
     if name == "int8" and device.type != "cpu":
         raise UserError("--dtype=int8 needs --device=cpu: leave --dtype out")
     if name != "auto":
@@ -579,7 +579,7 @@ def choose_dtype(name, device, model=None):
     if device.type == "mps" and not model:
         return torch.float16, "half the bytes to read"
     if device.type == "cuda" and model == "lstm":
-        return torch.float16, "cuDNN's fastest kernel knows no other"
+        return torch.float16, "cuDNN's fastest kernel needs it"
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16, "this GPU has no bfloat16"
     if device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
@@ -588,14 +588,14 @@ def choose_dtype(name, device, model=None):
 
 
 def set_matmul_precision(dtype):
-    """Beside a half precision, let CUDA round what stays float32 to TF32's 11 bits; else keep it exact."""
+    """If dtype is not float32, let CUDA round the factors of float32 products to TF32's 11 bits."""
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
 
 
 def peak_memory_gb(device):
-    """The most memory of a GPU that tensors have taken, in GB, without what CUDA graphs keep for themselves;
-    None elsewhere."""
+    """Peak GPU memory allocated to tensors, in GB, without what CUDA graphs keep for themselves; None on
+    other devices."""
     return round(torch.cuda.max_memory_allocated(device) / 1e9, 2) if device.type == "cuda" else None
 
 
@@ -610,7 +610,7 @@ def device_name(device):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Files: written beside and renamed, so that a reader, or a power cut, finds the old one or the new one
+# Files are written under a temporary name, then renamed: even a power cut leaves the old one or the new one
 
 def write_whole(path, write):
     """Call write(temporary path), then rename the file to path. Raises UserError where that fails."""
@@ -620,11 +620,11 @@ def write_whole(path, write):
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except Exception as error:                  # on a full disk each library has its own
+    except Exception as error:                  # each library raises its own when the disk is full
         with suppress(OSError):
             temporary.unlink()
         why = isinstance(error, OSError) and error.strerror or "is the disk full?"
-        raise UserError(f"cannot write {path} ({why}); what was there is whole") from None
+        raise UserError(f"cannot write {path} ({why}); any file that was there is intact") from None
 
 
 def write_json(path, value):
@@ -633,9 +633,9 @@ def write_json(path, value):
 
 
 def load_checkpoint(path):
-    """The dict that Trainer.save wrote to path, its state as a State, with its model built, in eval mode.
-    Raises UserError where it is missing or not one of ours: it may come from a stranger, so it must not run
-    code, nor take more memory than the file has bytes."""
+    """-> the dict that Trainer.save wrote to path, its state as a State and its model built, in eval mode.
+    Raises UserError if the file is missing or not one of ours. It may come from a stranger, so loading it
+    must neither run code nor take more memory than the file has bytes."""
     if not path.is_file():
         keys = {Path(folder): f"--model={name}" for name, (_, _, folder) in MODELS.items()}
         key = keys.get(path.parent, f"--out_dir={path.parent}")
@@ -651,16 +651,16 @@ def load_checkpoint(path):
             raise ValueError("it holds code")           # weights_only alone lets bytearray(10 ** 11) pass
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"of another version of this project, not of format {FORMAT_VERSION}")
+            raise ValueError(f"from another version of this project; this one reads format {FORMAT_VERSION}")
         weights = saved["model"].values()
         if sum(w.nbytes for w in weights) > size or \
                 not all(w.dtype == torch.float32 and w.is_contiguous() for w in weights):
-            raise ValueError("its weights are not those that were saved")
+            raise ValueError("its weights are not stored as train.py stores them")
         saved["config"] = asdict(data.configure(TrainConfig, saved["config"]))
         saved["state"] = data.configure(State, saved["state"])
         model_class, config_class, _ = MODELS[saved["config"]["model"]]
-        # On the meta device: without memory, it is given that of the weights. There normal_ draws nothing,
-        # and yet imports torch.compile's machinery, which takes two seconds: so it is left out.
+        # Built on the meta device, the model has no memory of its own and takes over the loaded tensors.
+        # There normal_ would draw nothing, yet import torch.compile's code, which takes two seconds: skip it.
         with torch.device("meta"), patch("torch.nn.init.normal_"):
             model = model_class(data.configure(config_class, saved["model_config"]))
         model.load_state_dict(saved["model"], assign=True)
@@ -672,8 +672,8 @@ def load_checkpoint(path):
 
 
 def lock_folder(out_dir):
-    """Keep other runs out of out_dir -> the lock, an open file beside it; the system frees it at the latest
-    when the program ends. Raises UserError where another run holds it."""
+    """Keep other runs out of out_dir -> the lock, an open file beside it, released when the file is closed or
+    the program ends. Raises UserError if another run holds it."""
     if out_dir.name.strip(".") in ("", "previous") or not str(out_dir).isprintable():
         raise UserError(f"--out_dir={out_dir}: choose another name, in printable characters")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -682,14 +682,14 @@ def lock_folder(out_dir):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another run is writing to {out_dir}: choose another --out_dir") from None
-    except OSError:                             # a network folder may know no locks
+    except OSError:                             # some network file systems have no locks
         pass
     return lock
 
 
 def new_folder(out_dir, summary, tokenizer):
-    """Begin out_dir with model_summary.txt and a copy of the tokenizer: it is complete in itself. What an
-    earlier run left there goes to previous/, whole. Raises UserError where the folder is not of a run."""
+    """Start out_dir with model_summary.txt and a copy of the tokenizer, so that it is self-contained. If an
+    earlier run used it, that folder is moved to previous/. Raises UserError if it holds other files."""
     if out_dir.exists() and any(not p.name.startswith(".") for p in out_dir.iterdir()):
         if not (out_dir / "model_summary.txt").exists():
             raise UserError(f"{out_dir} holds files that are no run's: choose another --out_dir")
@@ -712,7 +712,7 @@ def new_run(keys):
 
 def main(argv):
     others = pformat({"mini": MINI, "--recipe=report": RECIPES["report"]}, width=100, sort_dicts=False)
-    keys = data.parse_args(argv, f"{__doc__}\nOther defaults than those below:\n{others}\n",
+    keys = data.parse_args(argv, f"{__doc__}\nDefaults that replace those below:\n{others}\n",
                            TrainConfig, GPTConfig, LSTMConfig)
     out_dir = data.behind_link(Path(keys.get("out_dir") or MODELS[keys.get("model", "gpt")][2]))
     with lock_folder(out_dir) if IS_MAIN else nullcontext():
@@ -737,11 +737,11 @@ def start(keys, out_dir):
     device = choose_device(config.device)
     if config.dataset == "mini" and not Path("data/mini/meta.json").exists() and IS_MAIN:
         data.main(["--dataset=mini"])
-    if WORLD_SIZE > 1:      # where all wait for one another; gloo: a step's clock need not wait for the GPU
+    if WORLD_SIZE > 1:      # all wait here for one another; gloo: goes_on shares the clock without a GPU sync
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     meta, splits = data.load_dataset(config.dataset)
     if saved and saved.get("data_sha256") != meta["splits"]["train"]["sha256"]:
-        raise UserError(f"data/{config.dataset} has been prepared anew since this run began: it cannot go on")
+        raise UserError(f"cannot resume: data/{config.dataset} has been prepared anew since this run began")
     model_config = data.configure(config_class, {"vocab_size": meta["vocab_size"]}, *layers)
     if model_config.vocab_size < meta["vocab_size"]:
         raise UserError(f"vocab_size {model_config.vocab_size} is below the dataset's {meta['vocab_size']}")
@@ -751,7 +751,7 @@ def start(keys, out_dir):
         raise UserError(f"data/{config.dataset} is too small for steps of {sequences} windows of "
                         f"{model_config.block_size} tokens: it holds {n_windows}")
     if config.batch_size % WORLD_SIZE:
-        raise UserError(f"batch_size {config.batch_size} is no multiple of the number of processes")
+        raise UserError(f"batch_size {config.batch_size} is not a multiple of the number of processes")
 
     torch.manual_seed(config.seed)
     model = saved["model"] if saved else model_class(model_config)
@@ -763,7 +763,7 @@ def start(keys, out_dir):
     del saved           # and the memory of its moments
     trainer.run()
     if WORLD_SIZE > 1:
-        dist.barrier()  # together: else the last to leave can wait for ever
+        dist.barrier()  # leave together: otherwise the last process can hang
         dist.destroy_process_group()
 
 
