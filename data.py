@@ -52,7 +52,7 @@ class DataConfig:
     tokenizer: str = "speakleash/Bielik-4.5B-v3"    # a hub name, a folder, or train: a new one
     vocab_size: int = 32000         # entries of a new tokenizer, at most 65536
     n_docs: int = 0                 # take only the first n; 0: all. Default for plwiki: 100000
-    quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # also those unlabelled
+    quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # unlabelled ones stay too
     seed: int = 1337                # of the split into train, val and test, and of mini's text
 
 

@@ -42,7 +42,7 @@ def manual_recurrence(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
     """One layer over T steps: the textbook equations. Generation uses it, except for a prompt on cuDNN.
 
     x (T, B, n_input), h and c (B, H) -> y (T, B, H) and the last h and c. The cell c is at least
-    float32: it adds up hundreds of steps, and bfloat16's 8 bits would round the small ones away.
+    float32: it adds up hundreds of steps, and bfloat16's 8 bits would round small additions away.
     """
     xg, y = F.linear(x, weight_ih, bias_ih), []                         # all T steps in one matmul
     for gates in xg:                                                    # (B, 4H)

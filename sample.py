@@ -167,7 +167,7 @@ def int8_multiplier(w):
     scale, zero = w.abs().amax(dim=1).clamp(min=1e-12) / 127, torch.zeros(len(w), dtype=torch.int64)
     if torch.backends.quantized.engine == "none":       # macOS: it has a kernel, and chooses none
         torch.backends.quantized.engine = "qnnpack"
-    # PyTorch 2.13 deprecates this function, but has no replacement yet
+    # PyTorch 2.13 warns that this will be removed; the alternatives it has so far are slower
     warnings.filterwarnings("ignore", message=".*quantize_per_channel")
     q = torch.quantize_per_channel(w, scale.double(), zero, axis=0, dtype=torch.qint8)
     packed = torch.ops.quantized.linear_prepack(q, None)

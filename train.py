@@ -64,10 +64,10 @@ class TrainConfig:
     max_iters: int = 0                  # steps; 0: no limit
     max_minutes: float = 120.0          # with evaluations, without the final test; 0: no limit
     # optimizer
-    optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # auto: gpt muon, lstm adamw
+    optimizer: Literal["auto", "muon", "adamw", "adam"] = "auto"    # auto: muon (gpt), adamw (lstm)
     learning_rate: float = 4e-3         # peak of the schedule
     muon_learning_rate: float = None    # peak for matrices that Muon updates; None: learning_rate
-    embedding_lr_scale: float = 4.0     # embeddings learn at this times learning_rate; not in adam
+    embedding_lr_scale: float = 4.0     # times learning_rate, for the embeddings; not with adam
     weight_decay: float = 0.1           # pull towards zero, of matrices; adam: of every parameter
     beta1: float = 0.9                  # decay rate of Adam's running mean of gradients
     beta2: float = 0.99                 # the same for squared gradients; PyTorch's default is 0.999
