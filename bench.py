@@ -238,8 +238,6 @@ def compare_curves(dataset, runs, panels):
     panels[2].legend()
 
 
-# ----------------------------------------------------------------------------------------------------
-
 def plot_bars(rows, path, title):
     with picture(path, 1, 10, 1 + 0.6 * len(rows)) as ((panel,),):
         labels = [f"{r['model']} {r['device']}\n{r.get('change') or r['mode']}, {r['dtype']}" for r in rows]

@@ -49,8 +49,8 @@ class DataConfig:
     """What to prepare."""
     dataset: str = "plwiki"         # folder under data/: plwiki, mini, or a name of yours
     source: str = ""                # a local .jsonl, .jsonl.zst (SpeakLeash layout) or .txt file
-    tokenizer: str = "speakleash/Bielik-4.5B-v3"    # a hub name, a folder, or train: a new one
-    vocab_size: int = 32000         # entries of a new tokenizer, at most 65536
+    tokenizer: str = "speakleash/Bielik-4.5B-v3"    # a hub name, a folder, or train: a new one (mini)
+    vocab_size: int = 32000         # entries of a new tokenizer, at most 65536; mini: 2048
     n_docs: int = 0                 # take only the first n; 0: all. Default for plwiki: 100000
     quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # unlabelled ones stay too
     seed: int = 1337                # of the split into train, val and test, and of mini's text
@@ -362,9 +362,10 @@ def get_batch(tokens, windows, block_size, device):
     """Windows by number -> idx and targets (B, T) int64 on device: targets are the tokens after idx."""
     rows = np.stack([tokens[w * block_size:(w + 1) * block_size + 1] for w in windows])
     batch = torch.from_numpy(rows.astype(np.int64))
-    if torch.device(device).type == "cuda":
-        batch = batch.pin_memory()      # so that the copy can overlap with computation
-    batch = batch.to(device, non_blocking=True)
+    if torch.device(device).type == "cuda":     # pinned, the copy can overlap with computation
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    else:                                       # MPS would go on reading batch after it has been freed
+        batch = batch.to(device)
     return batch[:, :-1], batch[:, 1:]
 
 
@@ -444,7 +445,8 @@ def run(main):
     for signum in signal.SIGTERM, signal.SIGHUP:
         if signal.getsignal(signum) != signal.SIG_IGN:      # under nohup, SIGHUP stays ignored
             signal.signal(signum, lambda n, _: sys.exit(128 + n))   # a normal exit, so staging is removed
-    sys.stdout.reconfigure(errors="replace")    # a terminal may have no Polish letters; stderr escapes them
+    # a terminal may have no Polish letters (stderr escapes them); a log file should be up to date
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -455,7 +457,7 @@ def run(main):
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}".replace("\n", " "))
     except Exception as error:      # libraries have no class for too little memory or a full disk
-        known = "(out of|allocate|enough) memory|overflowed|os error"
+        known = "(out of|allocate|enough) memory|overflowed|os error|Invalid buffer size|ALLOC_FAILED"
         if not (isinstance(error, MemoryError) or re.search(known, str(error))):
             raise
         sys.exit(f"error: {first_line(error)}: lower --batch_size or --num_samples, or free space on disk")

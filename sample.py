@@ -26,7 +26,6 @@ from model_lstm import multiplier
 from train import MODELS, choose_device, choose_dtype, compile_fault, device_name, load_checkpoint, \
     set_matmul_precision, write_json, write_whole
 
-GRID_TEMPERATURES = (0.5, 1.0, 1.5)
 GRID_PROMPTS = ("Polska to piękny kraj.", "Dawno temu", "Miasto leży nad rzeką", "W 1920 roku",
                 "Najważniejszym dziełem")
 
@@ -259,7 +258,7 @@ def main(argv):
              "device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}
     asked, results = [(config.prompt, config.temperature)], []
     if config.grid:         # as in the report's inference file, whose texts keep their <s>
-        asked = [(prompt, temperature) for prompt in GRID_PROMPTS for temperature in GRID_TEMPERATURES]
+        asked = [(prompt, temperature) for prompt in GRID_PROMPTS for temperature in (0.5, 1.0, 1.5)]
     for prompt, temperature in asked:
         rows, speed = continue_prompt(model, tok, replace(config, prompt=prompt, temperature=temperature))
         print("[{model}, {dataset}, {:.1f} tokens/s, {device}, {dtype}, temperature {}]".format(

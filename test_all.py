@@ -463,6 +463,14 @@ def test_what_each_dtype_means_for_a_device():
         assert model.wte.weight.dtype == dtype and torch.get_float32_matmul_precision() == precision
 
 
+def test_each_process_of_a_torchrun_needs_a_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(train, "devices_present", lambda: ["cuda", "mps"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in "cuda", "mps":
+        refuses("only 1 here, .*lower --nproc_per_node", train.choose_device, name)
+
+
 def test_draws_follow_the_softmax_that_temperature_top_k_and_top_p_leave():
     logits, n = torch.linspace(-2, 2, 20), 40_000
     uniform = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
@@ -582,6 +590,9 @@ def test_batches_are_a_permutation_and_replay():
     idx, targets = data.get_batch(numbers, [0, 3], 20, "cpu")
     assert idx.tolist() == [list(range(20)), list(range(60, 80))] and torch.equal(targets, idx + 1)
     assert [data.count_windows(numbers[:k], 20) for k in (20, 21, 40, 41)] == [0, 1, 1, 2]
+    with mock.patch("torch.from_numpy") as made:    # MPS reads late what it is told not to wait for
+        data.get_batch(numbers, [0], 20, "mps")
+    assert made.return_value.to.call_args == mock.call("mps")
 
 
 @contextmanager
@@ -895,9 +906,11 @@ def test_too_little_memory_or_disk_is_told_in_one_line(here):
     with at_most(resource.RLIMIT_DATA, 2 ** 36):
         line = command("train.py", *tiny_keys("gpt", "out/huge", "--n_embd=1e9", "--n_head=1"), code=1)[1]
     assert re.fullmatch("error: .*memory.*--batch_size.*\n", line)
-    with mock.patch("sys.exit") as end:
-        data.run(mock.Mock(side_effect=Exception("No space left on device (os error 28)")))
-    assert "os error 28" in end.call_args[0][0]
+    for message in ("No space left on device (os error 28)", "Invalid buffer size: 15.62 GiB",
+                    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"):
+        with mock.patch("sys.exit") as end:
+            data.run(mock.Mock(side_effect=RuntimeError(message)))
+        assert end.call_args[0][0].startswith(f"error: {message}: lower --batch_size")
     with mock.patch("sys.exit") as end:
         data.run(mock.Mock(side_effect=UserError("--two\nlines")))
     end.assert_called_with("error: --two lines")
@@ -1214,7 +1227,7 @@ def test_a_resumed_run_takes_new_settings_keeps_the_best_weights_and_refuses_wha
     assert [m["step"] for m in metrics_of("out/best")] == [0, 4, 6, 7]
     assert (results["best_step"], results["val_loss"]) == (1000, 1.25)
     path.unlink()
-    refuses("no checkpoint at .*train.py --out_dir=", resume, "out/best", "--max_iters=12")
+    refuses("ckpt.pt, with the best weights of this run, is missing", resume, "out/best", "--max_iters=12")
     last = saved_in("out/best")
     for change, message in ({"optimizers": last["optimizers"][:1]}, "is damaged"), \
             ({"data_sha256": "0"}, "prepared anew"):

@@ -268,6 +268,7 @@ class Trainer:
         state.metrics.append(row)
         if row["val_loss"] < state.best_val:
             state.best_val = row["val_loss"]
+            self.best = None        # free the last copy before making a new one
             self.best = copy.deepcopy(self.checkpoint()) if IS_MAIN else None
         if IS_MAIN:
             lines = "".join(json.dumps(row) + "\n" for row in state.metrics)
@@ -407,7 +408,7 @@ class Trainer:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         if IS_MAIN:
             with suppress(OSError):     # not print(): the signal may have interrupted one
-                os.write(2, b"\nstopping after this step; a save and the final test follow. "
+                os.write(2, b"\nstopping after this step, a save and the final test. "
                             b"Now Ctrl-C ends at once; what has been saved is kept\n")
 
 
@@ -557,8 +558,11 @@ def choose_device(name="auto"):
     name = devices_present()[0] if name == "auto" else name
     if name not in devices_present():
         raise UserError(f"--device={name}: there is none here; use --device=cpu")
+    n_gpus = {"cuda": torch.cuda.device_count(), "mps": 1}.get(name, math.inf)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > n_gpus:     # torchrun's: the processes on this machine
+        raise UserError(f"--device={name}: only {n_gpus} here, one for each process: lower --nproc_per_node")
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))     # torchrun's
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if name == "cpu":
         # By default malloc returns each large freed tensor to Linux, which zeroes new pages for the next one:
         # a fifth to a third of a training step. So, where malloc has the option, it keeps freed memory.
@@ -603,6 +607,8 @@ def device_name(device):
     """For example "NVIDIA A40", or "AMD EPYC 7763 (AVX2), threads: 2"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU, macOS {platform.mac_ver()[0]}"
     name = platform.processor() or platform.machine()
     with suppress(OSError, IndexError):
         name = Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
@@ -610,7 +616,7 @@ def device_name(device):
 
 
 # ----------------------------------------------------------------------------------------------------
-# Files are written under a temporary name, then renamed: even a power cut leaves the old one or the new one
+# Files are written under a temporary name, then renamed: a kill, on Linux even a power cut, leaves them whole
 
 def write_whole(path, write):
     """Call write(temporary path), then rename the file to path. Raises UserError where that fails."""
@@ -637,6 +643,8 @@ def load_checkpoint(path):
     Raises UserError if the file is missing or not one of ours. It may come from a stranger, so loading it
     must neither run code nor take more memory than the file has bytes."""
     if not path.is_file():
+        if path.with_name("last.pt").is_file():
+            raise UserError(f"{path}, with the best weights of this run, is missing: put it back")
         keys = {Path(folder): f"--model={name}" for name, (_, _, folder) in MODELS.items()}
         key = keys.get(path.parent, f"--out_dir={path.parent}")
         raise UserError(f"no checkpoint at {path}: run `python train.py {key}` first")
@@ -653,9 +661,9 @@ def load_checkpoint(path):
         if saved.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"from another version of this project; this one reads format {FORMAT_VERSION}")
         weights = saved["model"].values()
-        if sum(w.nbytes for w in weights) > size or \
-                not all(w.dtype == torch.float32 and w.is_contiguous() for w in weights):
-            raise ValueError("its weights are not stored as train.py stores them")
+        fit = (w.dtype == torch.float32 and w.is_contiguous() and w.isfinite().all() for w in weights)
+        if sum(w.nbytes for w in weights) > size or not all(fit):
+            raise ValueError("its weights are not finite, or not stored as train.py stores them")
         saved["config"] = asdict(data.configure(TrainConfig, saved["config"]))
         saved["state"] = data.configure(State, saved["state"])
         model_class, config_class, _ = MODELS[saved["config"]["model"]]
@@ -664,8 +672,6 @@ def load_checkpoint(path):
         with torch.device("meta"), patch("torch.nn.init.normal_"):
             model = model_class(data.configure(config_class, saved["model_config"]))
         model.load_state_dict(saved["model"], assign=True)
-        if not all(w.isfinite().all() for w in weights):
-            raise ValueError("it has weights that are not finite")
     except Exception as error:      # a damaged file can raise anything
         raise UserError(f"{path} is damaged or no checkpoint of this project ({first_line(error)})") from None
     return {**saved, "model": model.eval()}
@@ -698,8 +704,6 @@ def new_folder(out_dir, summary, tokenizer):
     write_whole(out_dir / "model_summary.txt", lambda p: p.write_text(summary + "\n", encoding="utf-8"))
     shutil.copytree(tokenizer, out_dir / "tokenizer", dirs_exist_ok=True)
 
-
-# ----------------------------------------------------------------------------------------------------
 
 def new_run(keys):
     """The settings of a new run, as layers for data.configure; keys: what was typed."""
