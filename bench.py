@@ -1,17 +1,16 @@
-"""Time generation, or training, of the report's full-size models (random weights), on every device present;
-compare finished runs.
+"""Time generation, or training, of the report's full-size models (random weights); compare runs.
 
-    python bench.py                             # both models on cuda, mps and cpu, whichever are here
+    python bench.py                             # both models, on every device present
     python bench.py --model=gpt --device=cpu --new_tokens=64 --out_dir=outputs/short
     python bench.py --device=cuda --batch_size=32 --out_dir=outputs/batch32
-    python bench.py --train=True                # training steps, from the report's recipe to the tuned one
+    python bench.py --train=True                # training, report's recipe to tuned recipe
     python bench.py --compare=True              # the trained runs under outputs/, side by side
     python bench.py --help
 
-Modes of generation: naive recomputes the whole context for each token, as the report did. cached computes
-only the newest token. graph does the same in one launch (a CUDA graph), compiled with fused kernels. Prints a
-table; writes bench.json (with --train, bench_training.json) and a bar chart beside it. The code timed is the
-loop of sample.py and the train_step of train.py, unchanged.
+Modes of generation: naive recomputes the whole context for each token, as the report did. cached
+computes only the newest token. graph does so in one launch (a CUDA graph), compiled with fused
+kernels. Prints a table; writes bench.json (with --train, bench_training.json) and a bar chart. The
+code timed is the loop of sample.py and the train_step of train.py, unchanged.
 """
 import glob
 import json

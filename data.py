@@ -2,10 +2,10 @@
 
     python data.py                                  # plwiki as in the report: 100,000 documents
     python data.py --dataset=mini                   # a small synthetic corpus, no download
-    python data.py --dataset=books --source=FILE --tokenizer=train      # your .jsonl, .jsonl.zst or .txt
+    python data.py --dataset=books --source=FILE --tokenizer=train  # a .jsonl, .jsonl.zst or .txt
     python data.py --help
 
-Knows nothing about models. Also parses the command line of every script. An appendix holds mini's grammar.
+Knows nothing about models. Also parses every script's command line. mini's grammar is an appendix.
 """
 import argparse
 import difflib
@@ -49,7 +49,7 @@ class DataConfig:
     """What to prepare."""
     dataset: str = "plwiki"         # folder under data/: plwiki, mini, or a name of yours
     source: str = ""                # a local .jsonl, .jsonl.zst (SpeakLeash layout) or .txt file
-    tokenizer: str = "speakleash/Bielik-4.5B-v3"    # a hub name, a folder, or train: a new one (mini)
+    tokenizer: str = "speakleash/Bielik-4.5B-v3"    # hub name, folder, or train: a new one (mini)
     vocab_size: int = 32000         # entries of a new tokenizer, at most 65536; mini: 2048
     n_docs: int = 0                 # take only the first n; 0: all. Default for plwiki: 100000
     quality: typing.Literal["HIGH", "MEDIUM", "LOW", "ALL"] = "HIGH"    # unlabelled ones stay too

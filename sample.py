@@ -2,7 +2,7 @@
 
     python sample.py --temperature=1.0                          # the newest checkpoint
     python sample.py --model=lstm --prompt="W nocy" --num_samples=3
-    python sample.py --grid=True            # all prompts x temperatures 0.5, 1.0, 1.5 -> a JSON file
+    python sample.py --grid=True            # all prompts at temperatures 0.5, 1.0, 1.5 -> JSON file
     python sample.py --export=FOLDER        # weights, configuration and tokenizer for use elsewhere
     python sample.py --help
 

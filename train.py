@@ -7,9 +7,9 @@
     torchrun --nproc_per_node=8 train.py    # the same run, its batches divided among 8 GPUs
     python train.py --help                  # every key
 
-A run writes to its folder ckpt.pt (the weights with the lowest validation loss), last.pt (the newest state,
-to resume from), tokenizer/, model_summary.txt, metrics.jsonl (one line per evaluation) and, at the end,
-learning_curves.png and results.json. Losses are in nats per token.
+A run writes to its folder ckpt.pt (the weights with the lowest validation loss), last.pt (the
+newest state, to resume from), tokenizer/, model_summary.txt, metrics.jsonl (a line per evaluation)
+and, at the end, learning_curves.png and results.json. Losses are in nats per token.
 """
 import copy
 import ctypes
@@ -554,13 +554,13 @@ def devices_present():
 
 
 def choose_device(name="auto"):
-    """"auto", "cuda", "mps" or "cpu" -> torch.device. Raises UserError if it is not available."""
+    """"auto", "cuda", "mps" or "cpu" -> torch.device. Raises UserError if there is none, or too few."""
     name = devices_present()[0] if name == "auto" else name
     if name not in devices_present():
         raise UserError(f"--device={name}: there is none here; use --device=cpu")
-    n_gpus = {"cuda": torch.cuda.device_count(), "mps": 1}.get(name, math.inf)
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > n_gpus:     # torchrun's: the processes on this machine
-        raise UserError(f"--device={name}: only {n_gpus} here, one for each process: lower --nproc_per_node")
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # on this machine; set by torchrun
+    if n_processes > {"cuda": torch.cuda.device_count(), "mps": 1}.get(name, math.inf):
+        raise UserError(f"--device={name}: {n_processes} processes need a GPU each: lower --nproc_per_node")
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if name == "cpu":
